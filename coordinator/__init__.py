@@ -1,0 +1,1 @@
+"""The coordinator: gRPC services and drivers that meet only in the ledger."""
