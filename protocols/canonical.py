@@ -59,7 +59,7 @@ def parse_json(data: bytes, *, limit: int = MAX_DOCUMENT) -> Any:
     except MalformedMessageError:
         raise
     except (ValueError, RecursionError) as error:
-        raise MalformedMessageError(f"not JSON: {str(error):.200}") from None
+        raise MalformedMessageError(f"not JSON: {error!s:.200}") from None
 
 
 def parse_canonical(data: bytes, *, limit: int = MAX_DOCUMENT) -> Any:

@@ -1,0 +1,1 @@
+"""Generated from protocols/proto; do not edit."""
