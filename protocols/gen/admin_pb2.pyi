@@ -118,7 +118,7 @@ class NodeTraffic(_message.Message):
     def __init__(self, node: _Optional[str] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., confirmed: _Optional[str] = ...) -> None: ...
 
 class RoundFacts(_message.Message):
-    __slots__ = ("round", "phase", "why", "model_root_in", "times", "traffic", "metrics", "next_snapshot")
+    __slots__ = ("round", "phase", "why", "model_root_in", "times", "traffic", "metrics", "next_snapshot", "index")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +134,7 @@ class RoundFacts(_message.Message):
     TRAFFIC_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     NEXT_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
     round: _rounds_pb2.RoundRef
     phase: _rounds_pb2.PhaseView
     why: str
@@ -142,7 +143,8 @@ class RoundFacts(_message.Message):
     traffic: _containers.RepeatedCompositeFieldContainer[NodeTraffic]
     metrics: _containers.ScalarMap[str, int]
     next_snapshot: bytes
-    def __init__(self, round: _Optional[_Union[_rounds_pb2.RoundRef, _Mapping]] = ..., phase: _Optional[_Union[_rounds_pb2.PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., model_root_in: _Optional[str] = ..., times: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., traffic: _Optional[_Iterable[_Union[NodeTraffic, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, int]] = ..., next_snapshot: _Optional[bytes] = ...) -> None: ...
+    index: int
+    def __init__(self, round: _Optional[_Union[_rounds_pb2.RoundRef, _Mapping]] = ..., phase: _Optional[_Union[_rounds_pb2.PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., model_root_in: _Optional[str] = ..., times: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., traffic: _Optional[_Iterable[_Union[NodeTraffic, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, int]] = ..., next_snapshot: _Optional[bytes] = ..., index: _Optional[int] = ...) -> None: ...
 
 class WatchRunRequest(_message.Message):
     __slots__ = ("run", "after")

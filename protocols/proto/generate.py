@@ -12,11 +12,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "gen"
+_PLAIN_IMPORT = re.compile(r"^import (\w+_pb2)", re.MULTILINE)
 
 
 def generate(target: Path) -> None:
     """Write the generated modules, with imports that work inside the package."""
-    from grpc_tools import protoc  # a development tool only
+    from grpc_tools import protoc  # noqa: PLC0415 - a development tool only
 
     sources = sorted(path.name for path in HERE.glob("*.proto"))
     arguments = ["protoc", f"-I{HERE}", f"--python_out={target}", f"--pyi_out={target}"]
