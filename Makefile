@@ -1,0 +1,59 @@
+# Short recipes: each line can be typed by hand. Needs Python 3.11 or newer, git, make and the network.
+#
+#   make demo                 a federation of four sites on this machine
+#   make test ARGS="-k merkle"  arguments for pytest; every target passes ARGS on
+
+.PHONY: help venv demo test bench bench-peers lint fmt proto clean
+.DEFAULT_GOAL := help
+
+# The first Python that is new enough and can make environments; or say it: make venv PYTHON=...
+PYTHON = $(shell for p in python3.11 python3; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+DIR = demo-run
+ARGS =
+PACKAGES = protocols policies coordinator node_agent infra
+
+help:
+	@echo "make venv | demo | test | bench | bench-peers | lint | fmt | proto | clean   (ARGS=... is passed on)"
+
+venv: .venv/installed
+
+# Made again only when the dependencies change. pip's own settings (PIP_... variables) apply.
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Minga needs Python 3.11 or newer, with its venv module" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: venv
+	.venv/bin/minga demo --dir $(DIR) $(ARGS)
+
+test: venv
+	.venv/bin/python -m pytest $(ARGS)
+
+bench: venv
+	.venv/bin/python -m tests.bench $(ARGS)
+
+bench-peers: venv
+	.venv/bin/python -m tests.bench.peers $(ARGS)
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy $(PACKAGES)
+	.venv/bin/lint-imports
+	.venv/bin/python protocols/proto/generate.py --check
+	.venv/bin/python protocols/vectors/regenerate.py --check
+
+fmt: venv
+	.venv/bin/ruff check --fix-only .
+	.venv/bin/ruff format .
+
+proto: venv
+	.venv/bin/python protocols/proto/generate.py
+
+# Leaves .venv (remove it by hand to start over) and demo-run (it may be a federation you want to keep).
+clean:
+	rm -rf build dist bench/out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
