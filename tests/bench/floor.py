@@ -1,0 +1,147 @@
+"""The floor: what the operating system and TLS alone need for the bytes that Minga moves.
+
+Separate processes on loopback, Python's ``ssl``, TLS 1.3, a certificate on both sides (ECDSA
+P-256), one connection per node. Nothing is encoded, masked, hashed, added or recorded in a ledger.
+A round of Minga cannot be faster than this by much, so it is measured against this.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.bench.certificates import make_identities
+from tests.bench.processes import MB, Stage
+from tests.bench.rows import FLOOR, RAW_TLS, Row, Spread, round_work
+
+BYTES_PER_PARAM = 2.5  # the ring of 20 bits, packed
+PROCESS = Path(__file__).with_name("floor_process.py")
+BULK_BYTES = 256 * 2**20
+BULK = "bulk transfer over loopback, one node, {way}"
+
+
+def vector_bytes(params: int) -> int:
+    """Bytes of one packed vector of ``params`` coordinates at 20 bits."""
+    return int(params * BYTES_PER_PARAM)
+
+
+def measure(
+    *, nodes: int, up: int, down: int, disk: bool, repetitions: int, folder: Path, timeout_s: float
+) -> tuple[list[dict[str, float]], float]:
+    """Run the floor; returns the times of each repetition, and the server's peak memory in MB.
+
+    Args:
+        nodes: how many node processes.
+        up, down: bytes per node and repetition.
+        disk: whether receivers store and fsync each unit of 4 MiB.
+        folder: an empty folder on the disk that is to be measured.
+
+    Raises:
+        ChildProcessError: a process failed, or the whole took longer than ``timeout_s``.
+    """
+    names = ["server", *(f"node-{i}" for i in range(nodes))]
+    identities = make_identities(folder / "tls", names, now=dt.datetime.now(dt.UTC))
+    with Stage(folder=folder / "logs") as stage:
+        processes: dict[str, subprocess.Popen[bytes]] = {}
+        for name in names:
+            role = "server" if name == "server" else "client"
+            job = {
+                "role": role,
+                "folder": str(folder),
+                "index": names.index(name),
+                "nodes": nodes,
+                "up": up,
+                "down": down,
+                "disk": disk,
+                "repetitions": repetitions,
+                "ca": str(identities[name].ca),
+                "certificate": str(identities[name].certificate),
+                "key": str(identities[name].key),
+            }
+            path = folder / f"{name}.json"
+            path.write_text(json.dumps(job))
+            processes[name] = stage.start(
+                name, [sys.executable, str(PROCESS), str(path)], role=role
+            )
+        try:
+            status = processes["server"].wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ChildProcessError(f"the floor took longer than {timeout_s:.0f} s") from None
+        if status != 0:
+            raise ChildProcessError(f"the floor's server failed: {stage.tail('server')}")
+        lines = [
+            json.loads(line) for line in (stage.folder / "server.log").read_text().splitlines()
+        ]
+    return lines[:-1], lines[-1]["peak_rss_kib"] * 1024 / MB
+
+
+def round_row(*, params: int, nodes: int, rounds: int, work: Path | None = None) -> Row:
+    """``nodes`` x 2.5 B/param up, then the same down to each; one warm-up, then ``rounds``."""
+    size = vector_bytes(params)
+    with tempfile.TemporaryDirectory(prefix="minga-floor-", dir=work) as folder:
+        times, rss = measure(
+            nodes=nodes,
+            up=size,
+            down=size,
+            disk=True,
+            repetitions=rounds + 1,
+            folder=Path(folder),
+            timeout_s=120 + 30 * (rounds + 1),
+        )
+    return Row(
+        what=round_work(params=params, nodes=nodes),
+        system=FLOOR,
+        params=params,
+        nodes=nodes,
+        seconds_per_round=Spread.of([line["round_s"] for line in times[1:]]),
+        server_peak_rss_mb=rss,
+        bytes_per_node={"up": size, "down": size},
+        note=f"Minga's bytes at 20 bits, stored and fsynced in 4 MiB units on both sides; "
+        f"{rounds} repetitions after one warm-up",
+    )
+
+
+def bulk_rows(*, repetitions: int, work: Path | None = None) -> list[Row]:
+    """One TLS connection up and down, memory to memory and with a durable receiver, MB/s."""
+    rows = []
+    for disk, system in ((False, RAW_TLS), (True, FLOOR)):
+        with tempfile.TemporaryDirectory(prefix="minga-floor-", dir=work) as folder:
+            times, _ = measure(
+                nodes=1,
+                up=BULK_BYTES,
+                down=BULK_BYTES,
+                disk=disk,
+                repetitions=repetitions + 1,
+                folder=Path(folder),
+                timeout_s=120 + 30 * (repetitions + 1),
+            )
+        for way in ("up", "down"):
+            speeds = [BULK_BYTES / line[f"{way}_s"] / MB for line in times[1:]]
+            rows.append(
+                Row(
+                    what=BULK.format(way=way),
+                    system=system,
+                    nodes=1,
+                    mb_per_s=Spread.of(speeds),
+                    bytes_per_node={way: BULK_BYTES},
+                    note="stored and fsynced in 4 MiB units" if disk else "nothing is stored",
+                )
+            )
+    return rows
+
+
+def main() -> None:
+    """``python -m tests.bench.floor``: the floor alone."""
+    from tests.bench.rows import table
+
+    rows = bulk_rows(repetitions=3)
+    rows += [round_row(params=params, nodes=4, rounds=5) for params in (2_500_000, 25_000_000)]
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

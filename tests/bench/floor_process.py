@@ -1,0 +1,159 @@
+"""One process of the floor: ``python floor_process.py JOB.json``. Standard library only.
+
+The protocol is the least that moves the bytes. On one TLS connection per node the server sends one
+command byte; then
+
+    U   the node sends ``up`` bytes; the server stores them in units and fsyncs each
+    D   the server sends ``down`` bytes; the node stores them likewise and answers one byte
+    Q   the node ends
+
+With ``"disk": false`` nothing is stored: bytes go from memory to memory.
+The server prints one JSON line per repetition: seconds of the upload, of the download, of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import ssl
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+UNIT = 4 * 2**20  # bytes: what Minga stores, hashes and acknowledges at once
+SLICE = 2**20  # bytes handed to the TLS library in one call, as one message of Minga's
+
+
+def context(job: dict[str, Any], *, server: bool) -> ssl.SSLContext:
+    """TLS 1.3 only, both sides with certificates."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    made.minimum_version = ssl.TLSVersion.TLSv1_3
+    made.load_cert_chain(job["certificate"], job["key"])
+    made.load_verify_locations(job["ca"])
+    made.verify_mode = ssl.CERT_REQUIRED
+    return made
+
+
+def send(connection: ssl.SSLSocket, source: memoryview, count: int) -> None:
+    """Send ``count`` bytes, reading ``source`` (one unit) over and over."""
+    sent = 0
+    while sent < count:
+        start = sent % UNIT
+        size = min(SLICE, UNIT - start, count - sent)
+        connection.sendall(source[start : start + size])
+        sent += size
+
+
+def receive(connection: ssl.SSLSocket, unit: memoryview, count: int, path: Path | None) -> None:
+    """Receive ``count`` bytes; with a path, store and fsync each unit before reading on."""
+    file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        left = count
+        while left:
+            want, got = min(UNIT, left), 0
+            while got < want:
+                read = connection.recv_into(unit[got:want])
+                if not read:
+                    raise ConnectionError("the other side closed the connection")
+                got += read
+            if file is not None:
+                written = 0
+                while written < want:
+                    written += os.write(file, unit[written:want])
+                os.fsync(file)
+            left -= want
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def serve(job: dict[str, Any]) -> None:
+    folder, nodes = Path(job["folder"]), job["nodes"]
+    barrier = threading.Barrier(nodes + 1)
+    source = memoryview(os.urandom(UNIT))
+    failures: list[str] = []
+
+    def one(connection: ssl.SSLSocket, index: int) -> None:
+        unit = memoryview(bytearray(UNIT))
+        path = folder / f"up-{index}" if job["disk"] else None
+        try:
+            for _ in range(job["repetitions"]):
+                barrier.wait()
+                connection.sendall(b"U")
+                receive(connection, unit, job["up"], path)
+                barrier.wait()  # the sum exists only when every upload does
+                connection.sendall(b"D")
+                send(connection, source, job["down"])
+                if connection.recv(1) != b"A":
+                    raise ConnectionError("no acknowledgement")
+                barrier.wait()
+            connection.sendall(b"Q")
+        except (OSError, threading.BrokenBarrierError) as error:
+            failures.append(f"node {index}: {error}")
+            barrier.abort()
+
+    listener = socket.create_server(("127.0.0.1", 0), backlog=nodes)
+    # A finished file appears under its name only when it is whole: the nodes wait for it.
+    draft = folder / "port.tmp"
+    draft.write_text(str(listener.getsockname()[1]))
+    draft.rename(folder / "port")
+    tls = context(job, server=True)
+    threads = []
+    for index in range(nodes):
+        plain, _ = listener.accept()
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = tls.wrap_socket(plain, server_side=True)
+        threads.append(threading.Thread(target=one, args=(connection, index), daemon=True))
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(job["repetitions"]):
+            for old in folder.glob("up-*"):
+                old.unlink()  # a new file each time, removed outside the measured time
+            barrier.wait()
+            begun = time.perf_counter()
+            barrier.wait()
+            half = time.perf_counter()
+            barrier.wait()
+            end = time.perf_counter()
+            times = {"up_s": half - begun, "down_s": end - half, "round_s": end - begun}
+            print(json.dumps(times), flush=True)
+    except threading.BrokenBarrierError:
+        sys.exit(f"the floor failed: {'; '.join(failures)}")
+    for thread in threads:
+        thread.join()
+    print(json.dumps({"peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+
+
+def node(job: dict[str, Any]) -> None:
+    port_file = Path(job["folder"]) / "port"
+    until = time.monotonic() + 30
+    while not port_file.exists():
+        if time.monotonic() > until:
+            sys.exit("the floor's server did not come up within 30 s")
+        time.sleep(0.02)
+    plain = socket.create_connection(("127.0.0.1", int(port_file.read_text())))
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection = context(job, server=False).wrap_socket(plain, server_hostname="localhost")
+    source = memoryview(os.urandom(UNIT))
+    unit = memoryview(bytearray(UNIT))
+    path = Path(job["folder"]) / f"down-{job['index']}" if job["disk"] else None
+    while (command := connection.recv(1)) in (b"U", b"D"):
+        if command == b"U":
+            if path is not None:
+                path.unlink(missing_ok=True)
+            send(connection, source, job["up"])
+        else:
+            receive(connection, unit, job["down"], path)
+            connection.sendall(b"A")
+    if command != b"Q":
+        sys.exit("the floor's server closed the connection")
+
+
+if __name__ == "__main__":
+    description = json.loads(Path(sys.argv[1]).read_text())
+    (serve if description["role"] == "server" else node)(description)
