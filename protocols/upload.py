@@ -46,7 +46,7 @@ class UploadHeader:
     model: Digest  # model_root the local step started from
     coordinates: int  # d: of the exchanged vector, metrics included
     ring: int  # bits
-    bytes: int  # of the packed vector
+    size: int  # bytes of the packed vector
     root: Digest  # of the 4 MiB units
 
     @property
@@ -99,7 +99,7 @@ class UploadHeader:
             model=parse_digest(value["model"]),
             coordinates=_integer(value, "coordinates", 1, 2**40),
             ring=_integer(value, "ring", 16, 24),
-            bytes=_integer(value, "bytes", 1, 2**42),
+            size=_integer(value, "size", 1, 2**42),
             root=parse_digest(value["root"]),
         )
 
@@ -135,10 +135,10 @@ def check_unit_hashes(header: UploadHeader, unit_hashes: tuple[bytes, ...]) -> N
     Raises:
         MalformedMessageError: wrong number, a hash of another size, or another root.
     """
-    want = unit_count(header.bytes)
+    want = unit_count(header.size)
     if len(unit_hashes) != want or any(len(unit) != 32 for unit in unit_hashes):
         raise MalformedMessageError(
-            f"{header.bytes} bytes have {want} unit hashes of 32 bytes, got {len(unit_hashes)}"
+            f"{header.size} bytes have {want} unit hashes of 32 bytes, got {len(unit_hashes)}"
         )
     if tree_root(unit_hashes).hex() != header.root:
         raise MalformedMessageError("the unit hashes do not have the root that the header names")

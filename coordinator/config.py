@@ -1,0 +1,135 @@
+"""The coordinator's configuration file, read once and strictly.
+
+federation = "demo"
+[listen]
+address = "0.0.0.0:8443"            # mutual TLS: every service
+enrolment = "0.0.0.0:8444"          # server TLS: Enrolment only, callers hold a token
+public_address = "127.0.0.1:8443"   # what nodes are told
+[ledger]
+url = "sqlite:///ledger.sqlite"     # relative to this file; or postgresql+psycopg://…
+[storage]
+blobs = "../blobs"
+spool = "spool"
+min_free_mb = 256
+upload_retention_days = 30          # masked or open uploads kept for audit
+[certificates]
+node_hours = 720
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from protocols.errors import ConfigurationError
+from protocols.identifiers import FederationId, parse_federation_id
+
+
+def _address(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    if not host or not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError("an address is HOST:PORT")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Listen(_Section):
+    address: Address
+    enrolment: Address
+    public_address: Address
+
+
+class _Ledger(_Section):
+    url: str
+
+
+class _Storage(_Section):
+    blobs: Path = Path("../blobs")
+    spool: Path = Path("spool")
+    min_free_mb: int = Field(default=256, ge=0)
+    upload_retention_days: int = Field(default=30, ge=0)
+
+
+class _Certificates(_Section):
+    node_hours: int = Field(default=720, ge=1, le=8760)
+
+
+class _File(_Section):
+    federation: Annotated[str, AfterValidator(parse_federation_id)]
+    listen: _Listen
+    ledger: _Ledger
+    storage: _Storage = _Storage()
+    certificates: _Certificates = _Certificates()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorConfig:
+    """Everything ``serve`` needs; paths are absolute."""
+
+    federation: FederationId
+    folder: Path  # of the config file
+    address: str
+    enrolment_address: str
+    public_address: str
+    ledger_url: str
+    blobs: Path
+    spool: Path
+    keys: Path
+    min_free_bytes: int
+    upload_retention_days: int
+    node_certificate_hours: int
+
+
+def ledger_url(url: str, folder: Path) -> str:
+    """Resolve a relative SQLite path against the config's folder."""
+    prefix = "sqlite:///"
+    if url.startswith(prefix) and not url.startswith(prefix + "/"):
+        return f"{prefix}{(folder / url.removeprefix(prefix)).resolve()}"
+    return url
+
+
+def load_config(path: Path) -> CoordinatorConfig:
+    """Read ``config.toml``.
+
+    Raises:
+        ConfigurationError: missing, not TOML, an unknown or wrong key; the sentence names it.
+    """
+    try:
+        raw: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{path} is missing: make it with `minga coordinator init`"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    try:
+        file = _File.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigurationError(f"{path}: {where}: {first['msg']}") from None
+    folder = path.resolve().parent
+    return CoordinatorConfig(
+        federation=FederationId(file.federation),
+        folder=folder,
+        address=file.listen.address,
+        enrolment_address=file.listen.enrolment,
+        public_address=file.listen.public_address,
+        ledger_url=ledger_url(file.ledger.url, folder),
+        blobs=(folder / file.storage.blobs).resolve(),
+        spool=(folder / file.storage.spool).resolve(),
+        keys=folder / "keys",
+        min_free_bytes=file.storage.min_free_mb * 2**20,
+        upload_retention_days=file.storage.upload_retention_days,
+        node_certificate_hours=file.certificates.node_hours,
+    )

@@ -1,0 +1,92 @@
+"""Who is calling: from the client certificate, never from a field of the request.
+
+A connection outlives the certificate it was opened with, so dates, role and membership are looked
+at on every call, and by long streams again and again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import grpc
+from cryptography import x509
+
+from coordinator.clock import Clock
+from coordinator.ledger import Ledger
+from protocols.crypto.identity import (
+    Identity,
+    Role,
+    certificate_in_force,
+    identity_of_certificate,
+    spki_digest,
+)
+from protocols.errors import NotEnrolledError, NotPermittedError
+from protocols.identifiers import Digest, FederationId, NodeId
+
+
+@lru_cache(maxsize=4096)
+def _read(pem: bytes, federation: FederationId) -> tuple[x509.Certificate, Identity, Digest]:
+    certificate = x509.load_pem_x509_certificate(pem)
+    return certificate, identity_of_certificate(certificate, federation), spki_digest(certificate)
+
+
+@dataclass(frozen=True, slots=True)
+class Callers:
+    """Tells services who calls, and refuses who may not."""
+
+    federation: FederationId
+    ledger: Ledger
+    clock: Clock
+
+    async def node(self, context: grpc.aio.ServicerContext) -> NodeId:
+        """The calling node: enrolled, active, its certificate one that we issued.
+
+        Raises:
+            NotEnrolledError, NotPermittedError.
+        """
+        return NodeId((await self._require(context, "node")).name)
+
+    async def operator(self, context: grpc.aio.ServicerContext) -> Identity:
+        """The calling operator.
+
+        Raises:
+            NotEnrolledError, NotPermittedError.
+        """
+        return await self._require(context, "operator")
+
+    async def any(self, context: grpc.aio.ServicerContext) -> Identity:
+        """A node or an operator.
+
+        Raises:
+            NotEnrolledError, NotPermittedError.
+        """
+        return await self._require(context, "node", "operator")
+
+    async def _require(self, context: grpc.aio.ServicerContext, *roles: Role) -> Identity:
+        pem = context.auth_context().get("x509_pem_cert")
+        if not pem:
+            raise NotEnrolledError("the call came without a client certificate")
+        try:
+            certificate, identity, key = _read(pem[0], self.federation)
+        except ValueError:
+            raise NotEnrolledError("the client certificate cannot be read") from None
+        certificate_in_force(certificate, self.clock.now())
+        if identity.role not in roles:
+            raise NotPermittedError(f"{identity} may not do this; it is for a {' or '.join(roles)}")
+
+        def check(tx: object) -> str | None:
+            if tx.certificate(key) is None:  # type: ignore[attr-defined]
+                return "was not issued by this federation"
+            if identity.role == "node":
+                row = tx.node(NodeId(identity.name))  # type: ignore[attr-defined]
+                if row is None:
+                    return "names a node that is not enrolled"
+                if row.status != "active":
+                    return f"names a node that is {row.status}"
+            return None
+
+        problem = await self.ledger.read("membership", check)
+        if problem is not None:
+            raise NotEnrolledError(f"the certificate of {identity} {problem}")
+        return identity
