@@ -87,10 +87,9 @@ def check_finite(delta: NDArray[np.float32], layout: VectorLayout) -> float:
         ManifestMismatchError: another number of coordinates.
     """
     _check_shape(delta, layout)
-    wide = np.empty(_TILE, np.float64)
-    total = 0.0
+    plain, wide, total = np.asarray(delta), np.empty(_TILE, np.float64), 0.0
     for start in range(0, layout.model_coordinates, _TILE):
-        part = delta[start : start + _TILE]
+        part = plain[start : start + _TILE]
         tile = wide[: part.size]
         np.copyto(tile, part)
         np.multiply(tile, tile, out=tile)
@@ -371,7 +370,7 @@ def encode_vector(
     if not 1 <= limit < 1 << (ring.bits - 1) or len(seed) != 32:
         raise ValueError("the limit must fit half the ring, and the seed has 32 bytes")
     job = _Job(
-        delta=delta,
+        delta=np.asarray(delta),  # a memmap's slices are slow
         layout=layout,
         multipliers=scales.multipliers(weight_units / WEIGHT_ONE * clip_factor, layout),
         metrics=metrics,

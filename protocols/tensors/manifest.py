@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from protocols.canonical import canonical_bytes, hash_hex, parse_canonical
+from protocols.canonical import canonical_bytes, parse_canonical
 from protocols.errors import MalformedMessageError, ManifestMismatchError
 from protocols.identifiers import Digest
 from protocols.tensors.sizes import BLOCK
+from protocols.tensors.units import blob_digest
 
 MANIFEST_SCHEMA = "minga.manifest/1"
 MAX_COORDINATES = 2**40
@@ -162,8 +163,8 @@ class Manifest:
 
     @cached_property
     def digest(self) -> Digest:
-        """What plans and snapshots name."""
-        return hash_hex("minga/manifest/v1", self.to_bytes())
+        """Name of the manifest's blob: what plans and snapshots name."""
+        return blob_digest(self.to_bytes())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
