@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.peers import base
-from tests.bench.peers.base import NODES, Job, Peer, SkippedError
+from tests.bench.peers.base import Job, Peer, SkippedError
 from tests.bench.processes import Stage
 
 PARAMS = 1000
@@ -45,12 +45,19 @@ def honest(step: float = 1e-3) -> Callable[[Job, Stage], None]:
         job.environment()
         events = [{"at": at, "event": "round_end"} for at in (10.0, 12.0, 15.0)]
         for number in range(3):
-            for kind, value in (("received", number * step), ("sent", (number + 1) * step)):
-                message = {
-                    "at": 9.0, "event": kind, "round": number, "low": value, "high": value,
-                    "bytes": 4 * PARAMS, "dtype": "float32",
-                }  # fmt: skip
-                events += [message] * NODES
+            for client, own in enumerate(base.STEPS):
+                message = {"at": 9.0, "round": number, "bytes": 4 * PARAMS, "dtype": "float32"}
+                start = number * step
+                events += [
+                    {**message, "event": "received", "low": start, "high": start},
+                    {
+                        **message,
+                        "event": "sent",
+                        "client": client,
+                        "low": start + own,
+                        "high": start + own,
+                    },
+                ]
         (job.events / "1.jsonl").write_text("\n".join(json.dumps(event) for event in events))
 
     return act

@@ -20,7 +20,7 @@ PROJECT = """\
 [project]
 name = "bench"
 version = "1.0.0"
-description = "add 1e-3"
+description = "add a step to the model"
 license = "Apache-2.0"
 dependencies = []
 
@@ -86,6 +86,7 @@ class Flower(Peer):
                     "--superlink", f"127.0.0.1:{port}",
                     "--root-certificates", str(identity.ca),
                     "--port", str(free_port()),
+                    "--node-config", f"partition-id={index}",
                     *secured,
                 ],
                 role="client",

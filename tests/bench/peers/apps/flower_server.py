@@ -1,10 +1,9 @@
-"""Flower ServerApp: stock FedAvg over one float32 array of zeros; it reports each round's end."""
+"""Flower ServerApp: stock FedAvg over one float32 array; it reports each round's end."""
 
 # mypy: ignore-errors
 # It runs in the peer's environment, whose packages are not installed here.
 
-import numpy as np
-from bench_events import emit_values
+from bench_events import emit_values, first_model
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -31,9 +30,9 @@ def main(grid, context):
         min_evaluate_nodes=0,
         min_available_nodes=clients,
     )
-    zeros = np.zeros(int(context.run_config["floats"]), dtype=np.float32)
+    first = first_model(int(context.run_config["floats"]))
     strategy.start(
         grid=grid,
-        initial_arrays=ArrayRecord({"w": Array(zeros)}),
+        initial_arrays=ArrayRecord({"w": Array(first)}),
         num_rounds=int(context.run_config["rounds"]),
     )

@@ -1,22 +1,22 @@
-"""NVIDIA FLARE Client API script: add 1e-3 to the model, send it back in full."""
+"""NVIDIA FLARE Client API script: add a step to the model, send it back in full."""
 
 # mypy: ignore-errors
 # It runs in the peer's environment, whose packages are not installed here.
 
-import numpy as np
 import nvflare.client as flare
-from bench_events import emit_values
+from bench_events import emit_values, trained
 
 
 def main():
     flare.init()
+    index = int(flare.get_site_name().removeprefix("site-")) - 1
     while flare.is_running():
         model = flare.receive()
         if model is None:
             break
         emit_values("received", model.params["w"], round=int(model.current_round))
-        update = {"w": model.params["w"] + np.float32(1e-3)}
-        emit_values("sent", update["w"], round=int(model.current_round))
+        update = {"w": trained(model.params["w"], index)}
+        emit_values("sent", update["w"], client=index, round=int(model.current_round))
         flare.send(
             flare.FLModel(
                 params=update,

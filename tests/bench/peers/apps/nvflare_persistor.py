@@ -1,4 +1,4 @@
-"""The server's model: one float32 array of zeros, written to disk after each round.
+"""The server's model: one float32 array, written to disk after each round.
 
 Writing with ``np.savez`` is what FLARE's own numpy persistor does with ``np.save``.
 """
@@ -9,7 +9,7 @@ Writing with ``np.savez`` is what FLARE's own numpy persistor does with ``np.sav
 from pathlib import Path
 
 import numpy as np
-from bench_events import emit_values
+from bench_events import emit_values, first_model
 from nvflare.app_common.abstract.model import (
     ModelLearnableKey,
     make_model_learnable,
@@ -19,13 +19,13 @@ from nvflare.app_common.abstract.model_persistor import (
 )
 
 
-class ZerosPersistor(ModelPersistor):
+class BenchPersistor(ModelPersistor):
     def __init__(self, floats=25_000_000):
         super().__init__()
         self.floats = floats
 
     def load_model(self, fl_ctx):
-        weights = {"w": np.zeros(self.floats, dtype=np.float32)}
+        weights = {"w": first_model(self.floats)}
         return make_model_learnable(weights=weights, meta_props={})
 
     def save_model(self, model_learnable, fl_ctx):

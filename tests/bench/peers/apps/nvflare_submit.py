@@ -17,14 +17,14 @@ from nvflare.fuel.flare_api.flare_api import (
 from nvflare.fuel.utils.constants import FrameworkType
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.script_runner import ScriptRunner
-from nvflare_persistor import ZerosPersistor
+from nvflare_persistor import BenchPersistor
 
 
 def main(production, scratch, *, floats, rounds, clients, timeout_s):
     os.chdir(Path(__file__).resolve().parent)
     job = FedJob(name="minga_bench", min_clients=clients)
     job.to_server(FedAvg(num_clients=clients, num_rounds=rounds, persistor_id="persistor"))
-    job.to_server(ZerosPersistor(floats=floats), id="persistor")
+    job.to_server(BenchPersistor(floats=floats), id="persistor")
     for index in range(clients):
         runner = ScriptRunner(script="nvflare_client.py", framework=FrameworkType.NUMPY)
         job.to(runner, f"site-{index + 1}")

@@ -1,10 +1,9 @@
-"""OpenFL's two plug-ins: a task that adds 1e-3 to the model, and a loader that has no data."""
+"""OpenFL's two plug-ins: a task that adds a step to the model, and a loader that has no data."""
 
 # mypy: ignore-errors
 # It runs in the peer's environment, whose packages are not installed here.
 
-import numpy as np
-from bench_events import emit_values
+from bench_events import emit_values, first_model, trained
 from openfl.federated.data.loader import DataLoader
 from openfl.federated.task.runner import TaskRunner
 from openfl.utilities import TensorKey
@@ -29,15 +28,16 @@ class AddRunner(TaskRunner):
         self.floats = floats
 
     def get_tensor_dict(self, with_opt_vars=False):
-        return {"w": np.zeros(self.floats, dtype=np.float32)}
+        return {"w": first_model(self.floats)}
 
     def get_required_tensorkeys_for_function(self, func_name, **kwargs):
         return [TensorKey("w", "GLOBAL", 0, False, ("model",))]
 
     def train_task(self, col_name, round_num, input_tensor_dict, **kwargs):
         emit_values("received", input_tensor_dict["w"], round=int(round_num))
-        update = input_tensor_dict["w"] + np.float32(1e-3)
-        emit_values("sent", update, round=int(round_num))
+        index = int(col_name.removeprefix("col")) - 1
+        update = trained(input_tensor_dict["w"], index)
+        emit_values("sent", update, client=index, round=int(round_num))
         return {TensorKey("w", col_name, round_num, False, ("trained",)): update}, {}
 
     def set_tensor_dict(self, tensor_dict, with_opt_vars=False):
