@@ -1,0 +1,217 @@
+"""Runs as tables and lines: from the values of ``facts`` to what a person reads.
+
+Text that came from elsewhere is printed as ``Text``, never as markup, and nothing depends on
+colour: every view says in words what it also colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from infra.runs.facts import RoundReport, RunReport, Traffic, human_bytes, sparkline
+from protocols.gen import rounds_pb2
+
+PHASES: Final = ("Open", "Training", "Dealing", "Uploading", "Committing", "Revealing", "Released")
+_BOX: Final = box.SIMPLE_HEAD
+_STYLES: Final = {"Released": "green", "Aborted": "yellow", "Burned": "red"}
+
+
+def table(title: str, columns: Sequence[str], *, text_columns: int = 1) -> Table:
+    """A plain table; the first ``text_columns`` are words, the others figures."""
+    made = Table(title=Text(title), title_justify="left", title_style="bold", box=_BOX)
+    for position, name in enumerate(columns):
+        made.add_column(name, justify="left" if position < text_columns else "right")
+    return made
+
+
+def cells(*values: object) -> list[RenderableType]:
+    """Values as table cells; text from elsewhere stays text."""
+    return [value if isinstance(value, Text) else Text(str(value)) for value in values]
+
+
+def figure(value: float | None, digits: int) -> str:
+    """A number, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def phase_text(name: str) -> Text:
+    """The name of a phase."""
+    return Text(name, style=_STYLES.get(name, ""))
+
+
+def runs_table(runs: Sequence[RunReport]) -> RenderableType:
+    """All runs, one line each."""
+    if not runs:
+        return Text("no runs")
+    made = table("Runs", ("run", "status", "submitted (UTC)", "plan", "rounds"), text_columns=4)
+    for run in runs:
+        made.add_row(
+            *cells(
+                run.run,
+                run.status,
+                f"{run.submitted_at:%Y-%m-%d %H:%M:%S}",
+                f"{run.plan_digest[:12]}…",
+                run.rounds_planned,
+            )
+        )
+    return made
+
+
+def seconds_by_phase(round_: RoundReport) -> dict[str, float]:
+    """Seconds spent in each phase; a phase entered more than once is added up."""
+    spent: dict[str, float] = {}
+    for span in round_.spans:
+        if span.seconds is not None:
+            spent[span.phase] = spent.get(span.phase, 0.0) + span.seconds
+    return spent
+
+
+def used_phases(rounds: Sequence[RoundReport]) -> tuple[str, ...]:
+    """The phases in which any of the rounds spent time, in the order of the protocol."""
+    seen = {phase for round_ in rounds for phase in seconds_by_phase(round_)}
+    return tuple(phase for phase in PHASES if phase in seen)
+
+
+def phases_table(rounds: Sequence[RoundReport]) -> Table:
+    """Seconds per phase, one line for each round."""
+    phases = used_phases(rounds)
+    made = table("Seconds per phase", ("round", "phase now", *phases, "in all"), text_columns=2)
+    for round_ in rounds:
+        spent = seconds_by_phase(round_)
+        made.add_row(
+            *cells(round_.round.number, phase_text(round_.phase)),
+            *cells(*(figure(spent.get(phase), 2) for phase in phases)),
+            *cells(figure(round_.seconds, 2)),
+        )
+    return made
+
+
+def learning_table(run: RunReport) -> Table | None:
+    """Held-out bits per byte by language; None where nothing was evaluated."""
+    languages = run.languages()
+    if not languages:
+        return None
+    made = table(
+        "Held-out bits per byte of the model each round starts from (lower is better)",
+        ("round", *languages, "all", "training loss (nats/token)"),
+    )
+    for round_ in run.released:
+        values = [
+            round_.evaluations[language].bits_per_byte if language in round_.evaluations else None
+            for language in languages
+        ]
+        made.add_row(
+            *cells(round_.round.number),
+            *cells(*(figure(value, 3) for value in values)),
+            *cells(figure(round_.bits_per_byte, 3), figure(round_.training_loss, 3)),
+        )
+    if len(run.learning()) > 1:
+        lines = [sparkline([value for _, value in run.learning(name)]) for name in languages]
+        whole = sparkline([value for _, value in run.learning()])
+        made.add_section()
+        made.add_row(*cells("shape", *lines, whole, ""))
+    return made
+
+
+def traffic_of(rounds: Sequence[RoundReport]) -> dict[str, Traffic]:
+    """Bytes of each node over several rounds."""
+    total: dict[str, Traffic] = {}
+    for round_ in rounds:
+        for entry in round_.traffic:
+            before = total.get(entry.node)
+            total[entry.node] = Traffic(
+                node=entry.node,
+                up=entry.up + (before.up if before else 0),
+                down=entry.down + (before.down if before else 0),
+                confirmed=entry.confirmed or (before.confirmed if before else ""),
+            )
+    return dict(sorted(total.items()))
+
+
+def traffic_table(rounds: Sequence[RoundReport]) -> Table:
+    """Bytes up and down, and the verdict on the model, one line for each node."""
+    made = table("Traffic of the nodes", ("node", "last verdict", "up", "down"), text_columns=2)
+    for node, entry in traffic_of(rounds).items():
+        verdict = entry.confirmed
+        if verdict and not verdict.startswith("objection"):
+            verdict = f"model {verdict[:12]}… confirmed"
+        made.add_row(*cells(node, verdict or "-", human_bytes(entry.up), human_bytes(entry.down)))
+    return made
+
+
+def run_view(run: RunReport) -> RenderableType:
+    """Everything about a run."""
+    head = Text.assemble((run.run, "bold"), f"  {run.status}")
+    if run.title:
+        head.append(f"  {run.title}")
+    parts: list[RenderableType] = [head, Text(f"plan {run.plan_digest}")]
+    if not run.rounds:
+        parts.append(Text("no round was opened yet"))
+        return Group(*parts)
+    parts += [Text(""), phases_table(run.rounds)]
+    learning = learning_table(run)
+    if learning is not None:
+        parts.append(learning)
+    parts.append(traffic_table(run.rounds))
+    current = run.current
+    if current is not None:
+        parts.append(Text(f"{current.round} {current.phase}: {current.why}"))
+    return Group(*parts)
+
+
+def why_line(round_: str, phase: str, why: str) -> Text:
+    """What a round is waiting for, in one line."""
+    return Text.assemble((f"{round_} {phase}", "bold"), f": {why}")
+
+
+def round_line(round_: RoundReport) -> str:
+    """A finished round in one plain line."""
+    spent = seconds_by_phase(round_)
+    seconds = "  ".join(f"{phase} {spent[phase]:.1f}s" for phase in PHASES if phase in spent)
+    up = sum(entry.up for entry in round_.traffic)
+    down = sum(entry.down for entry in round_.traffic)
+    parts = [f"round {round_.round}", round_.phase]
+    if not round_.released:
+        return "  ".join([*parts, round_.why])
+    if round_.bits_per_byte is not None:
+        by_language = " ".join(
+            f"{language} {figure(evaluation.bits_per_byte, 3)}"
+            for language, evaluation in round_.evaluations.items()
+        )
+        parts.append(f"bits/byte before {figure(round_.bits_per_byte, 3)} ({by_language})")
+    if round_.training_loss is not None:
+        parts.append(f"loss {figure(round_.training_loss, 3)}")
+    parts += [f"up {human_bytes(up)} down {human_bytes(down)}", seconds]
+    return "  ".join(parts)
+
+
+def activity(progress: rounds_pb2.Progress) -> str:
+    """What a node says it is doing, in a few words."""
+    words = [progress.activity or "idle"]
+    if progress.max_step:
+        words.append(f"step {progress.step}/{progress.max_step}")
+    elif progress.step:
+        words.append(f"step {progress.step}")
+    if progress.tokens:
+        words.append(f"{progress.tokens} tokens")
+    if progress.bytes_total:
+        words.append(f"{human_bytes(progress.bytes_done)} of {human_bytes(progress.bytes_total)}")
+    return ", ".join(words)
+
+
+def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Facts as JSON on stdout."""
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that leaves text alone: no markup, no guessing of numbers."""
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
