@@ -1,0 +1,43 @@
+"""The ledger: what the coordinator knows, in SQLite or PostgreSQL.
+
+Services and drivers meet only here. Every change of state is one named transaction that leaves its
+reason in history.
+"""
+
+from coordinator.ledger.leases import LeaseLostError
+from coordinator.ledger.ledger import Ledger
+from coordinator.ledger.rows import (
+    CertificateRow,
+    ConfirmationRow,
+    HistoryRow,
+    NodeRow,
+    NodeStatus,
+    PhaseTimeRow,
+    ProgressRow,
+    RoundRow,
+    RunRow,
+    RunStatus,
+    TrafficRow,
+    UploadRow,
+    model_root_of,
+)
+from coordinator.ledger.tx import Tx
+
+__all__ = [
+    "CertificateRow",
+    "ConfirmationRow",
+    "HistoryRow",
+    "LeaseLostError",
+    "Ledger",
+    "NodeRow",
+    "NodeStatus",
+    "PhaseTimeRow",
+    "ProgressRow",
+    "RoundRow",
+    "RunRow",
+    "RunStatus",
+    "TrafficRow",
+    "Tx",
+    "UploadRow",
+    "model_root_of",
+]

@@ -1,0 +1,233 @@
+"""The ledger: transactions in worker threads, and news of what was committed.
+
+``run`` gives a function an open transaction; when the function returns, its history is written and
+all of it is committed, or nothing is. Whoever waits in ``changed`` is woken by a commit of this
+process at once; commits of other processes are seen by one shared look at the version, a few times
+a second, however many wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Self, TypeVar
+
+from coordinator.clock import Clock
+from coordinator.ledger import migrate
+from coordinator.ledger.engine import READERS, Engines, connect, is_retryable, ledger_errors
+from coordinator.ledger.tx import Tx
+from protocols.errors import FederationError, LedgerBusyError
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+POLL_S: Final = 0.2  # how often other processes' commits are looked for
+RETRIES: Final = 6  # of a transaction that PostgreSQL asks to repeat
+SLOW_S: Final = 1.0  # a transaction that takes longer is mentioned in the diagnostics
+
+
+class Ledger:
+    """One ledger, as one process sees it.
+
+    Args:
+        url: ``sqlite:////absolute/path`` or ``postgresql+psycopg://…``.
+        clock: for transactions whose caller gives no time.
+    """
+
+    def __init__(self, url: str, *, clock: Clock) -> None:
+        self._clock = clock
+        self._engines: Engines = connect(url)
+        # SQLite has one writer: a queue in front of it instead of threads that wait for its lock.
+        writers = 1 if self._engines.file else READERS
+        self._writers = ThreadPoolExecutor(writers, thread_name_prefix="ledger-write")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-read")
+        self._lock: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._poller: asyncio.Task[None] | None = None
+        self._version = 0
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    # -- opening and closing -----------------------------------------------------------------
+
+    async def open(self) -> Self:
+        """Take the file, bring the tables up to date, begin to listen.
+
+        Raises:
+            LedgerBusyError: another process holds this SQLite file.
+            UnreachableError: PostgreSQL does not answer.
+            ConfigurationError: the ledger was written by a newer version, or cannot be opened.
+        """
+        self._loop = asyncio.get_running_loop()
+        try:
+            await self._loop.run_in_executor(self._writers, self._open)
+        except BaseException:
+            await self.close()
+            raise
+        if self._engines.file is None:
+            self._poller = asyncio.create_task(self._poll(), name="ledger-poll")
+        return self
+
+    def _open(self) -> None:
+        if self._engines.file is not None:
+            self._lock = _take_file(self._engines.file)
+        with ledger_errors():
+            with self._engines.write.begin() as connection:
+                migrate.upgrade(connection)
+            with self._engines.read.begin() as connection:
+                self._version = Tx(connection, "open", self._clock.now()).version()
+
+    async def close(self) -> None:
+        """Finish what runs, then let go of the database."""
+        if self._poller is not None:
+            self._poller.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._poller
+            self._poller = None
+        await asyncio.to_thread(self._close)
+        for future in self._waiting:
+            future.cancel()
+
+    def _close(self) -> None:
+        self._writers.shutdown()
+        self._readers.shutdown()
+        self._engines.dispose()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self.close()
+
+    # -- transactions ------------------------------------------------------------------------
+
+    async def run(self, name: str, work: Callable[[Tx], Result]) -> Result:
+        """Run one transaction.
+
+        It is finished even if the caller stops waiting. On PostgreSQL ``work`` may be called again
+        after a conflict, so it must not do anything but use its transaction.
+
+        Args:
+            name: for history and diagnostics, e.g. ``join``.
+            work: called in a worker thread with the open transaction.
+
+        Raises:
+            LedgerBusyError, StorageFullError, UnreachableError: nothing was acknowledged.
+            Whatever ``work`` raises; then nothing was written.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._writers, self._write, name, work)
+
+    async def read(self, name: str, work: Callable[[Tx], Result]) -> Result:
+        """Look at one consistent state; ``work`` must not write."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, self._read, name, work)
+
+    def _write(self, name: str, work: Callable[[Tx], Result]) -> Result:
+        began = time.monotonic()
+        for tries_left in reversed(range(RETRIES)):
+            try:
+                with ledger_errors(), self._engines.write.begin() as connection:
+                    tx = Tx(connection, name, self._clock.now())
+                    result = work(tx)
+                    version = tx.write_history()
+                break
+            except FederationError as error:
+                if not tries_left or not is_retryable(error.__cause__ or error):
+                    raise
+                time.sleep(0.002 * 2 ** (RETRIES - tries_left))
+        if version is not None:
+            self._announce(version)
+        took = time.monotonic() - began
+        if took > SLOW_S:
+            logger.warning("transaction %s took %.1f s", name, took)
+        return result
+
+    def _read(self, name: str, work: Callable[[Tx], Result]) -> Result:
+        with ledger_errors(), self._engines.read.begin() as connection:
+            return work(Tx(connection, name, self._clock.now()))
+
+    # -- news --------------------------------------------------------------------------------
+
+    def version(self) -> int:
+        """The last entry of history that this process knows of."""
+        return self._version
+
+    async def changed(self, after: int, timeout: float) -> int:  # noqa: ASYNC109 - a long poll
+        """Wait until history goes beyond entry ``after``.
+
+        Args:
+            after: the last entry the caller knows.
+            timeout: seconds; then the answer may be ``after`` or less.
+
+        Returns:
+            The last entry now.
+        """
+        deadline = time.monotonic() + timeout
+        while self._version <= after and (left := deadline - time.monotonic()) > 0:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.add(future)
+            try:
+                async with asyncio.timeout(left):
+                    await future
+            except TimeoutError:
+                break
+            finally:
+                self._waiting.discard(future)
+        return self._version
+
+    def _announce(self, version: int) -> None:
+        if self._loop is not None:
+            # The loop may be gone while a last transaction of a closing process commits.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._advance, version)
+
+    def _advance(self, version: int) -> None:
+        if version <= self._version:
+            return
+        self._version = version
+        waiting, self._waiting = self._waiting, set()
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def _poll(self) -> None:
+        """See what other processes committed."""
+        reachable = True
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                self._advance(await self.read("poll", Tx.version))
+            except FederationError as error:
+                if reachable:
+                    logger.warning("%s", error)
+                reachable = False
+            else:
+                reachable = True
+
+
+def _take_file(file: Path) -> int:
+    """Hold the lock file beside a SQLite ledger as long as this process lives.
+
+    Raises:
+        LedgerBusyError: another process holds it.
+    """
+    lock = file.with_name(file.name + ".lock")
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise LedgerBusyError(
+            f"another coordinator holds {file.name}; two need PostgreSQL", retry_after_s=5.0
+        ) from None
+    return handle

@@ -1,0 +1,1 @@
+"""Changes of the ledger's tables, in pairs of up and down."""

@@ -1,0 +1,242 @@
+"""The ledger's tables.
+
+Conventions: times are integers, Unix milliseconds UTC, and end in ``_at``; sizes are bytes; hashes
+are raw 32 bytes in binary columns and 64 hexadecimal digits in text columns. Every column says its
+unit, and what NULL means where it may be NULL. ``migrations/`` makes these tables; a test compares.
+
+    nodes --< certificates            runs --< rounds --< uploads
+      |                                          |-----< traffic, confirmations, phase_times
+      '--- progress                   history (of everything), ledger_version, leases, tokens
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(referred_table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("token_hash", LargeBinary, primary_key=True, comment="32 bytes; not the token itself"),
+    Column("institution", Text, nullable=False, comment="whom it invites"),
+    Column("expires_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    Column("used_at", BigInteger, comment="Unix ms UTC; NULL: not used yet"),
+    Column(
+        "request_hash",
+        LargeBinary,
+        comment="32 bytes, of the request that used it; NULL: not used yet",
+    ),
+    comment="Invitations, each good for one certificate request",
+)
+
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("node_id", Text, primary_key=True, comment="the institution's id"),
+    Column("signing_key", LargeBinary, nullable=False, comment="raw Ed25519 public key, 32 bytes"),
+    Column("status", Text, nullable=False, comment="active | suspended"),
+    Column(
+        "enrolled_at", BigInteger, nullable=False, comment="Unix ms UTC, of the first enrolment"
+    ),
+    Column("seen_at", BigInteger, comment="Unix ms UTC of its last sync; NULL: never"),
+    Column("state", Text, nullable=False, comment="running | paused | '' as it said last"),
+    Column("agent_version", Text, nullable=False, comment="as it said last, or ''"),
+    CheckConstraint("status IN ('active', 'suspended')", name="status"),
+    comment="Enrolled institutions",
+)
+
+certificates = Table(
+    "certificates",
+    metadata,
+    Column("serial", Text, primary_key=True, comment="hexadecimal"),
+    Column("spki_sha256", Text, nullable=False, comment="hex SHA-256 of the public key info"),
+    Column("subject_role", Text, nullable=False, comment="node | operator | coordinator"),
+    Column("subject_name", Text, nullable=False, comment="node id or operator name"),
+    Column("not_after", BigInteger, nullable=False, comment="Unix ms UTC"),
+    Column("der", LargeBinary, nullable=False, comment="the certificate, DER"),
+    Index(None, "spki_sha256"),
+    Index(None, "subject_name"),
+    comment="Every certificate that was issued",
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", Text, primary_key=True, comment="the run's name"),
+    Column("plan", LargeBinary, nullable=False, comment="canonical JSON"),
+    Column("plan_digest", Text, nullable=False, comment="hex"),
+    Column("snapshot", LargeBinary, nullable=False, comment="canonical JSON: the initial model"),
+    Column("status", Text, nullable=False, comment="active | done | stopped | failed"),
+    Column("why", Text, nullable=False, comment="one sentence on the status"),
+    Column("submitted_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    Column("ended_at", BigInteger, comment="Unix ms UTC; NULL: still active"),
+    CheckConstraint("status IN ('active', 'done', 'stopped', 'failed')", name="status"),
+    CheckConstraint("(status = 'active') = (ended_at IS NULL)", name="ended"),
+    comment="Runs and the plans they execute",
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("run_id", Text, ForeignKey("runs.run_id"), primary_key=True, comment="of which run"),
+    Column(
+        "number", Integer, primary_key=True, autoincrement=False, comment="from 0; never used twice"
+    ),
+    Column("plan_index", Integer, nullable=False, comment="which of the plan's rounds, from 0"),
+    Column("phase_name", Text, nullable=False, comment="of the phase, for queries"),
+    Column("phase", Text, nullable=False, comment="the phase, JSON"),
+    Column("final", Boolean, nullable=False, comment="nothing can happen to it any more"),
+    Column(
+        "closes_at",
+        BigInteger,
+        comment="Unix ms UTC: when the clock alone moves it; NULL: never in this phase",
+    ),
+    Column("why", Text, nullable=False, comment="of the last change, one line"),
+    Column("opened_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    Column("changed_at", BigInteger, nullable=False, comment="Unix ms UTC of the last change"),
+    Column("start_snapshot", LargeBinary, nullable=False, comment="canonical JSON"),
+    Column("next_snapshot", LargeBinary, comment="canonical JSON; NULL: no sum was opened"),
+    Column("sum", Text, comment="hex digest of the sum's blob; NULL: no sum was opened"),
+    Column("metrics", Text, comment="JSON object name -> integer; NULL: no sum was opened"),
+    Index("ix_rounds_open", "final", "closes_at"),
+    comment="Rounds, each with its phase",
+)
+
+phase_times = Table(
+    "phase_times",
+    metadata,
+    Column("run_id", Text, primary_key=True, comment="of which run"),
+    Column("number", Integer, primary_key=True, autoincrement=False, comment="of which round"),
+    Column(
+        "history_id",
+        BigInteger,
+        primary_key=True,
+        autoincrement=False,
+        comment="the history entry that brought the phase",
+    ),
+    Column("phase", Text, nullable=False, comment="name; a restarted Dealing is entered again"),
+    Column("entered_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    ForeignKeyConstraint(["run_id", "number"], ["rounds.run_id", "rounds.number"]),
+    comment="When each phase of each round began",
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("upload_id", LargeBinary, primary_key=True, comment="32 bytes"),
+    Column("run_id", Text, nullable=False, comment="of which run"),
+    Column("number", Integer, nullable=False, comment="of which round"),
+    Column("attempt", Integer, nullable=False, comment="from 1"),
+    Column("node_id", Text, ForeignKey("nodes.node_id"), nullable=False, comment="who sends"),
+    Column("header", LargeBinary, nullable=False, comment="canonical JSON: what was signed"),
+    Column("signature", LargeBinary, nullable=False, comment="Ed25519 over the header, 64 bytes"),
+    Column("unit_hashes", LargeBinary, nullable=False, comment="32 bytes for each 4 MiB unit"),
+    Column("total", BigInteger, nullable=False, comment="bytes"),
+    Column("durable", BigInteger, nullable=False, comment="bytes received, checked and synced"),
+    Column("began_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    Column("finished_at", BigInteger, comment="Unix ms UTC; NULL: not complete"),
+    Column("receipt", LargeBinary, comment="32 bytes; NULL: not complete"),
+    UniqueConstraint("run_id", "number", "attempt", "node_id"),
+    ForeignKeyConstraint(["run_id", "number"], ["rounds.run_id", "rounds.number"]),
+    CheckConstraint("durable >= 0 AND durable <= total", name="durable"),
+    CheckConstraint("(receipt IS NULL) = (finished_at IS NULL)", name="finished"),
+    comment="Vectors on their way in; their bytes lie in the spool",
+)
+
+traffic = Table(
+    "traffic",
+    metadata,
+    Column("run_id", Text, primary_key=True, comment="of which run"),
+    Column("number", Integer, primary_key=True, autoincrement=False, comment="of which round"),
+    Column("node_id", Text, ForeignKey("nodes.node_id"), primary_key=True, comment="whose"),
+    Column("bytes_up", BigInteger, nullable=False, comment="bytes of bulk data from the node"),
+    Column("bytes_down", BigInteger, nullable=False, comment="bytes of bulk data to the node"),
+    ForeignKeyConstraint(["run_id", "number"], ["rounds.run_id", "rounds.number"]),
+    comment="Bulk data moved, by node and round",
+)
+
+confirmations = Table(
+    "confirmations",
+    metadata,
+    Column("run_id", Text, primary_key=True, comment="of which run"),
+    Column("number", Integer, primary_key=True, autoincrement=False, comment="of which round"),
+    Column("node_id", Text, ForeignKey("nodes.node_id"), primary_key=True, comment="who says it"),
+    Column("model_root", Text, nullable=False, comment="hex, as the node computed it; '': none"),
+    Column("objection", Text, nullable=False, comment="a code; '': it agrees"),
+    Column("detail", Text, nullable=False, comment="the node's sentence on its objection, or ''"),
+    Column("received_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    ForeignKeyConstraint(["run_id", "number"], ["rounds.run_id", "rounds.number"]),
+    comment="What each node computed from a released sum, or why it objects",
+)
+
+history = Table(
+    "history",
+    metadata,
+    Column(
+        "id",
+        BigInteger,
+        primary_key=True,
+        autoincrement=False,
+        comment="from 1, without gaps, in order of commit",
+    ),
+    Column("at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    Column("run_id", Text, comment="of which run; NULL: about the federation"),
+    Column("number", Integer, comment="of which round; NULL: about the run or the federation"),
+    Column("transaction", Text, nullable=False, comment="name of the ledger transaction"),
+    Column("phase", Text, nullable=False, comment="after the change, or ''"),
+    Column("why", Text, nullable=False, comment="one line"),
+    Column("node_id", Text, comment="who caused it; NULL: no node did"),
+    Index(None, "run_id", "id"),
+    comment="Every change of state, with its reason; rows are never changed or removed",
+)
+
+ledger_version = Table(
+    "ledger_version",
+    metadata,
+    Column("one", Integer, primary_key=True, autoincrement=False, comment="always 1"),
+    Column("value", BigInteger, nullable=False, comment="the last id in history; 0: none"),
+    CheckConstraint("one = 1", name="one"),
+    comment="One row; its lock puts history in order of commit",
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", Text, primary_key=True, comment="what is leased"),
+    Column("holder", Text, nullable=False, comment="a process"),
+    Column("fence", BigInteger, nullable=False, comment="grows with each new holder, from 1"),
+    Column("expires_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    comment="Which process drives what",
+)
+
+progress = Table(
+    "progress",
+    metadata,
+    Column("node_id", Text, ForeignKey("nodes.node_id"), primary_key=True, comment="who reports"),
+    Column("reports", LargeBinary, nullable=False, comment="a SyncRequest with progress only"),
+    Column("received_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    comment="What nodes say they are doing, a few seconds old; never part of a decision",
+)

@@ -1,0 +1,12 @@
+"""A transaction: everything that services and drivers may ask of the ledger."""
+
+from __future__ import annotations
+
+from coordinator.ledger.leases import Leases
+from coordinator.ledger.people import People
+from coordinator.ledger.rounds import Rounds
+from coordinator.ledger.uploads import Uploads
+
+
+class Tx(People, Rounds, Uploads, Leases):
+    """One open transaction. It ends with the function that ``Ledger.run`` calls with it."""
