@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -119,7 +120,10 @@ class Blobs:
         """Make the folder and clear what an earlier process left unfinished."""
         self.tmp.mkdir(parents=True, exist_ok=True)
         for leftover in self.tmp.iterdir():
-            leftover.unlink()
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
     def path(self, digest: Digest) -> Path:
         """Where a blob lies. The digest is checked: nothing else becomes part of a path."""

@@ -1,0 +1,196 @@
+"""The coordinator process: services on two ports, drivers beside them, one ledger between.
+
+The mutual-TLS port serves everything; the enrolment port serves callers who have no certificate
+yet and holds nothing but ``Enrolment.Join``. Plaintext is not offered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from coordinator.blobs import Blobs
+from coordinator.ca import CertificateAuthority
+from coordinator.clock import Clock, SystemClock
+from coordinator.config import CoordinatorConfig
+from coordinator.drivers.rounds import RoundDriver
+from coordinator.layouts import Layouts
+from coordinator.ledger import Ledger
+from coordinator.services.admin import AdminService
+from coordinator.services.bulk import BulkService, raw_handlers
+from coordinator.services.caller import Callers
+from coordinator.services.enrolment import EnrolmentService, RenewalService
+from coordinator.services.errors import ErrorInterceptor
+from coordinator.services.rounds import RoundsService
+from coordinator.spool import Spool
+from protocols.errors import ConfigurationError
+from protocols.gen import admin_pb2_grpc, bulk_pb2_grpc, enrolment_pb2_grpc, rounds_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+MAX_CONTROL_MESSAGE = 6 * 2**20  # bytes: a plan, a manifest's hashes; payload messages are 1 MiB
+_GRACE_S = 3.0
+_CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_receive_message_length", MAX_CONTROL_MESSAGE),
+    ("grpc.max_send_message_length", MAX_CONTROL_MESSAGE),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
+    ("grpc.keepalive_time_ms", 210_000),  # middleboxes drop idle connections
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What one coordinator process is made of; tests build it with their own clock."""
+
+    config: CoordinatorConfig
+    clock: Clock
+    ledger: Ledger
+    blobs: Blobs
+    spool: Spool
+    layouts: Layouts
+    authority: CertificateAuthority
+    callers: Callers
+
+
+def build(config: CoordinatorConfig, clock: Clock) -> Parts:
+    """Open ledger and folders.
+
+    Raises:
+        ConfigurationError: keys or folders are missing.
+        LedgerBusyError: another coordinator holds the SQLite file.
+    """
+    authority = CertificateAuthority.load(config.federation, config.keys)
+    ledger = Ledger(config.ledger_url, clock=clock)
+    ledger.open()
+    blobs = Blobs(config.blobs)
+    blobs.prepare()
+    spool = Spool(config.spool, min_free_bytes=config.min_free_bytes)
+    spool.prepare()
+    layouts = Layouts(blobs)
+    return Parts(
+        config=config,
+        clock=clock,
+        ledger=ledger,
+        blobs=blobs,
+        spool=spool,
+        layouts=layouts,
+        authority=authority,
+        callers=Callers(config.federation, ledger, clock),
+    )
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def main_server(parts: Parts) -> grpc.aio.Server:
+    """The mutual-TLS server with every service."""
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=_CHANNEL_OPTIONS,
+        maximum_concurrent_rpcs=4096,
+    )
+    common = {"callers": parts.callers, "ledger": parts.ledger, "clock": parts.clock}
+    bulk = BulkService(**common, spool=parts.spool, blobs=parts.blobs, layouts=parts.layouts)
+    rounds_pb2_grpc.add_RoundsServicer_to_server(RoundsService(**common), server)
+    admin_pb2_grpc.add_AdminServicer_to_server(
+        AdminService(**common, blobs=parts.blobs, authority=parts.authority), server
+    )
+    # Registered first for the methods protoc knows; the raw ones are a second handler.
+    bulk_pb2_grpc.add_BulkServicer_to_server(bulk, server)
+    server.add_generic_rpc_handlers((raw_handlers(bulk),))
+    renewal = RenewalService(
+        callers=parts.callers,
+        authority=parts.authority,
+        ledger=parts.ledger,
+        clock=parts.clock,
+        hours=parts.config.node_certificate_hours,
+    )
+    enrolment_pb2_grpc.add_RenewalServicer_to_server(renewal, server)
+    keys = parts.config.keys
+    credentials = grpc.ssl_server_credentials(
+        [(_read_key(keys / "coordinator.key"), _read_key(keys / "coordinator.crt"))],
+        root_certificates=_read_key(keys / "ca.crt"),
+        require_client_auth=True,
+    )
+    _listen(server, parts.config.address, credentials)
+    return server
+
+
+def enrolment_server(parts: Parts) -> grpc.aio.Server:
+    """The server for callers without a certificate."""
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=[*_CHANNEL_OPTIONS[2:], ("grpc.max_receive_message_length", 65_536)],
+        maximum_concurrent_rpcs=64,
+    )
+    service = EnrolmentService(
+        authority=parts.authority,
+        ledger=parts.ledger,
+        clock=parts.clock,
+        hours=parts.config.node_certificate_hours,
+    )
+    enrolment_pb2_grpc.add_EnrolmentServicer_to_server(service, server)
+    keys = parts.config.keys
+    credentials = grpc.ssl_server_credentials(
+        [(_read_key(keys / "coordinator.key"), _read_key(keys / "coordinator.crt"))]
+    )
+    _listen(server, parts.config.enrolment_address, credentials)
+    return server
+
+
+def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> None:
+    try:
+        bound = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise ConfigurationError(f"cannot listen on {address}: is the port in use?")
+
+
+async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    parts = build(config, clock or SystemClock())
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stopping.set)
+    servers = [main_server(parts), enrolment_server(parts)]
+    driver = RoundDriver(
+        ledger=parts.ledger,
+        clock=parts.clock,
+        blobs=parts.blobs,
+        layouts=parts.layouts,
+        spool=config.spool,
+    )
+    try:
+        for server in servers:
+            await server.start()
+        logger.info(
+            "serving federation %s on %s, enrolment on %s",
+            config.federation,
+            config.address,
+            config.enrolment_address,
+        )
+        driving = asyncio.create_task(driver.run(), name="round driver")
+        stopped = asyncio.create_task(stopping.wait())
+        done, _ = await asyncio.wait({driving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if driving in done:
+            driving.result()  # a driver never ends by itself: raise what stopped it
+        driving.cancel()
+        await asyncio.wait({driving}, timeout=_GRACE_S)
+    finally:
+        await asyncio.gather(*(server.stop(_GRACE_S) for server in servers))
+        parts.ledger.close()

@@ -1,0 +1,37 @@
+"""What a round exchanges: which tensors, which metrics, in which layout. Public, by the plan.
+
+Node, coordinator and auditor derive the same layout from the plan, the round's index in it and the
+manifest; nothing about it travels.
+"""
+
+from __future__ import annotations
+
+from protocols.errors import ManifestMismatchError
+from protocols.plan import Plan
+from protocols.tensors.layout import VectorLayout
+from protocols.tensors.manifest import Manifest
+from protocols.tensors.metrics import metric_names
+from protocols.tensors.ring import Ring
+
+
+def round_metrics(plan: Plan, index: int) -> tuple[str, ...]:
+    """Names of the metrics in the vector of the plan's round ``index``, in order."""
+    return metric_names(plan.evaluation.languages if plan.evaluates_in(index) else ())
+
+
+def round_ring(plan: Plan) -> Ring:
+    """The ring the plan's vectors live in."""
+    return Ring(plan.vector.ring_bits)
+
+
+def round_layout(plan: Plan, index: int, manifest: Manifest) -> VectorLayout:
+    """Layout of the vector of the plan's round ``index``.
+
+    Raises:
+        ManifestMismatchError: the manifest is not the plan's, or lacks a tensor the plan names.
+    """
+    if manifest.digest != plan.model.manifest:
+        raise ManifestMismatchError(
+            f"the manifest {manifest.digest[:12]}… is not the plan's {plan.model.manifest[:12]}…"
+        )
+    return VectorLayout.of(manifest, plan.selection_in(index), round_metrics(plan, index))
