@@ -329,6 +329,8 @@ class BulkService(bulk_pb2_grpc.BulkServicer):  # type: ignore[misc]
         header = UploadHeader.from_bytes(row.header)
         return header, Arriving(
             path=self._path(header), total=row.total, unit_hashes=row.unit_hashes
+        return header, Arriving(
+            path=self._path(header), total=row.total, unit_hashes=row.unit_hashes
         )
 
     async def _count_down(self, round_text: str, node: NodeId, sent: int) -> None:
