@@ -21,7 +21,6 @@ from protocols.errors import MalformedMessageError, ManifestMismatchError
 from protocols.identifiers import Digest
 from protocols.tensors.sizes import BLOCK
 from protocols.tensors.units import blob_digest
-from protocols.tensors.units import blob_digest
 
 MANIFEST_SCHEMA = "minga.manifest/1"
 MAX_COORDINATES = 2**40
