@@ -12,11 +12,13 @@ import asyncio
 import fcntl
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from coordinator.clock import Clock
@@ -48,65 +50,61 @@ class Ledger:
         writers = 1 if self._engines.file else READERS
         self._writers = ThreadPoolExecutor(writers, thread_name_prefix="ledger-write")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-read")
-        self._lock: int | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._poller: asyncio.Task[None] | None = None
+        self._lock_file: int | None = None
+        self._closing = threading.Event()
+        self._poller: threading.Thread | None = None
+        self._guard = threading.Lock()  # of the two below
         self._version = 0
         self._waiting: set[asyncio.Future[None]] = set()
 
     # -- opening and closing -----------------------------------------------------------------
 
-    async def open(self) -> Self:
+    def open(self) -> Self:
         """Take the file, bring the tables up to date, begin to listen.
 
         Raises:
             LedgerBusyError: another process holds this SQLite file.
             UnreachableError: PostgreSQL does not answer.
-            ConfigurationError: the ledger was written by a newer version, or cannot be opened.
+            ConfigurationError: the ledger was written by another version, or cannot be opened.
         """
-        self._loop = asyncio.get_running_loop()
         try:
-            await self._loop.run_in_executor(self._writers, self._open)
+            if self._engines.file is not None:
+                self._lock_file = _take_file(self._engines.file)
+            with ledger_errors(), self._engines.write.begin() as connection:
+                migrate.upgrade(connection)
+            self._version = self._read("open", Tx.version)
         except BaseException:
-            await self.close()
+            self.close()
             raise
         if self._engines.file is None:
-            self._poller = asyncio.create_task(self._poll(), name="ledger-poll")
+            self._poller = threading.Thread(target=self._poll, name="ledger-poll", daemon=True)
+            self._poller.start()
         return self
 
-    def _open(self) -> None:
-        if self._engines.file is not None:
-            self._lock = _take_file(self._engines.file)
-        with ledger_errors():
-            with self._engines.write.begin() as connection:
-                migrate.upgrade(connection)
-            with self._engines.read.begin() as connection:
-                self._version = Tx(connection, "open", self._clock.now()).version()
-
-    async def close(self) -> None:
-        """Finish what runs, then let go of the database."""
-        if self._poller is not None:
-            self._poller.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._poller
-            self._poller = None
-        await asyncio.to_thread(self._close)
-        for future in self._waiting:
-            future.cancel()
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Finish what runs, then let go of the database. Later calls are not ready."""
+        self._closing.set()
         self._writers.shutdown()
         self._readers.shutdown()
+        if self._poller is not None:
+            self._poller.join()
+            self._poller = None
         self._engines.dispose()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+        self._advance(self._version, closing=True)
 
-    async def __aenter__(self) -> Self:
-        return await self.open()
+    def __enter__(self) -> Self:
+        return self.open()
 
-    async def __aexit__(self, *_exception: object) -> None:
-        await self.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     # -- transactions ------------------------------------------------------------------------
 
@@ -124,13 +122,22 @@ class Ledger:
             LedgerBusyError, StorageFullError, UnreachableError: nothing was acknowledged.
             Whatever ``work`` raises; then nothing was written.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._writers, self._write, name, work)
+        return await self._submit(self._writers, self._write, name, work)
 
     async def read(self, name: str, work: Callable[[Tx], Result]) -> Result:
         """Look at one consistent state; ``work`` must not write."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._readers, self._read, name, work)
+        return await self._submit(self._readers, self._read, name, work)
+
+    async def _submit(
+        self,
+        threads: ThreadPoolExecutor,
+        call: Callable[[str, Callable[[Tx], Result]], Result],
+        name: str,
+        work: Callable[[Tx], Result],
+    ) -> Result:
+        if self._closing.is_set():
+            raise LedgerBusyError("the coordinator is stopping")
+        return await asyncio.get_running_loop().run_in_executor(threads, call, name, work)
 
     def _write(self, name: str, work: Callable[[Tx], Result]) -> Result:
         began = time.monotonic()
@@ -146,7 +153,7 @@ class Ledger:
                     raise
                 time.sleep(0.002 * 2 ** (RETRIES - tries_left))
         if version is not None:
-            self._announce(version)
+            self._advance(version)
         took = time.monotonic() - began
         if took > SLOW_S:
             logger.warning("transaction %s took %.1f s", name, took)
@@ -173,46 +180,50 @@ class Ledger:
             The last entry now.
         """
         deadline = time.monotonic() + timeout
-        while self._version <= after and (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.add(future)
+            with self._guard:
+                if self._version > after or self._closing.is_set():
+                    break
+                self._waiting.add(future)
             try:
                 async with asyncio.timeout(left):
                     await future
             except TimeoutError:
                 break
             finally:
-                self._waiting.discard(future)
+                with self._guard:
+                    self._waiting.discard(future)
         return self._version
 
-    def _announce(self, version: int) -> None:
-        if self._loop is not None:
-            # The loop may be gone while a last transaction of a closing process commits.
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._advance, version)
-
-    def _advance(self, version: int) -> None:
-        if version <= self._version:
-            return
-        self._version = version
-        waiting, self._waiting = self._waiting, set()
+    def _advance(self, version: int, *, closing: bool = False) -> None:
+        """Called from any thread when history grew."""
+        with self._guard:
+            if version <= self._version and not closing:
+                return
+            self._version = version
+            waiting, self._waiting = self._waiting, set()
         for future in waiting:
-            if not future.done():
-                future.set_result(None)
+            with suppress(RuntimeError):  # the loop of who waited is closed
+                future.get_loop().call_soon_threadsafe(_wake, future)
 
-    async def _poll(self) -> None:
+    def _poll(self) -> None:
         """See what other processes committed."""
         reachable = True
-        while True:
-            await asyncio.sleep(POLL_S)
+        while not self._closing.wait(POLL_S):
             try:
-                self._advance(await self.read("poll", Tx.version))
+                self._advance(self._read("poll", Tx.version))
             except FederationError as error:
                 if reachable:
                     logger.warning("%s", error)
                 reachable = False
             else:
                 reachable = True
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _take_file(file: Path) -> int:

@@ -227,15 +227,12 @@ class Rounds(Statements):
         if not written:
             raise ExistsError(f"round {round_id} exists")
         self.note(why, now=now, round_=round_id, phase=type(phase).__name__, entered=True)
-        return self.round(round_id)
+        return self.lock_round(round_id)
 
-    def round(self, round_id: RoundId) -> RoundRow:
-        """A round, to be shown.
-
-        Raises:
-            NotFoundError: there is none.
-        """
-        return self._round(_ROUND, round_id)
+    def round(self, round_id: RoundId) -> RoundRow | None:
+        """A round, to be shown; None: there is none."""
+        row = self._one(_ROUND, run=round_id.run, n=round_id.number)
+        return None if row is None else _round(row)
 
     def lock_round(self, round_id: RoundId) -> RoundRow:
         """A round, which nobody else changes until this transaction ends.
@@ -243,10 +240,7 @@ class Rounds(Statements):
         Raises:
             NotFoundError: there is none.
         """
-        return self._round(_LOCK_ROUND, round_id)
-
-    def _round(self, statement: sa.Select[Any], round_id: RoundId) -> RoundRow:
-        row = self._one(statement, run=round_id.run, n=round_id.number)
+        row = self._one(_LOCK_ROUND, run=round_id.run, n=round_id.number)
         if row is None:
             raise NotFoundError(f"there is no round {round_id}")
         return _round(row)

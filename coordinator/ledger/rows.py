@@ -119,7 +119,6 @@ class UploadRow:
     signature: bytes
     unit_hashes: tuple[bytes, ...] = field(repr=False)
     total: int  # bytes
-    durable: int  # bytes
     began_at: datetime  # UTC
     finished_at: datetime | None  # UTC; None: not complete
     receipt: bytes | None  # None: not complete

@@ -155,13 +155,11 @@ uploads = Table(
     Column("signature", LargeBinary, nullable=False, comment="Ed25519 over the header, 64 bytes"),
     Column("unit_hashes", LargeBinary, nullable=False, comment="32 bytes for each 4 MiB unit"),
     Column("total", BigInteger, nullable=False, comment="bytes"),
-    Column("durable", BigInteger, nullable=False, comment="bytes received, checked and synced"),
     Column("began_at", BigInteger, nullable=False, comment="Unix ms UTC"),
     Column("finished_at", BigInteger, comment="Unix ms UTC; NULL: not complete"),
     Column("receipt", LargeBinary, comment="32 bytes; NULL: not complete"),
     UniqueConstraint("run_id", "number", "attempt", "node_id"),
     ForeignKeyConstraint(["run_id", "number"], ["rounds.run_id", "rounds.number"]),
-    CheckConstraint("durable >= 0 AND durable <= total", name="durable"),
     CheckConstraint("(receipt IS NULL) = (finished_at IS NULL)", name="finished"),
     comment="Vectors on their way in; their bytes lie in the spool",
 )

@@ -12,7 +12,7 @@ from sqlalchemy import bindparam
 from coordinator.ledger.rows import TrafficRow, UploadRow
 from coordinator.ledger.schema import traffic, uploads
 from coordinator.ledger.statements import Statements
-from protocols.errors import ExistsError, NotFoundError
+from protocols.errors import ExistsError
 from protocols.identifiers import NodeId, RoundId, RunId
 from protocols.rounds_codec import from_ms, to_ms
 
@@ -27,16 +27,10 @@ _OF_ATTEMPT = (
     .order_by(uploads.c.node_id)
 )
 _OF_NODE = _OF_ATTEMPT.where(uploads.c.node_id == bindparam("node"))
-# Two streams of one upload may both report progress: the durable prefix only ever grows.
-_SET_DURABLE = (
-    sa.update(uploads)
-    .where(uploads.c.upload_id == bindparam("id_"), uploads.c.durable < bindparam("bytes_"))
-    .values(durable=bindparam("bytes_"))
-)
 _FINISH = (
     sa.update(uploads)
     .where(uploads.c.upload_id == bindparam("id_"), uploads.c.receipt.is_(None))
-    .values(receipt=bindparam("receipt_"), finished_at=bindparam("at"), durable=uploads.c.total)
+    .values(receipt=bindparam("receipt_"), finished_at=bindparam("at"))
 )
 _TRAFFIC = (
     sa.select(traffic)
@@ -47,11 +41,11 @@ _HASH = 32
 
 
 class Uploads(Statements):
-    """Vectors on their way in. Their bytes lie in the spool, not here."""
+    """Vectors on their way in. Their bytes, and how many have arrived, lie in the spool."""
 
     def add_upload(
         self,
-        upload_id: bytes,
+        id: bytes,  # noqa: A002 - it is the upload's
         round_id: RoundId,
         attempt: int,
         node: NodeId,
@@ -65,7 +59,7 @@ class Uploads(Statements):
         """Remember an upload that begins.
 
         Args:
-            upload_id: 32 bytes, one for each node and attempt.
+            id: 32 bytes, one for each node and attempt.
             round_id, attempt, node: whose vector for what.
             header, signature: what was signed, and how.
             unit_hashes: 32 bytes each.
@@ -78,7 +72,7 @@ class Uploads(Statements):
         written = self._write(
             self._insert(uploads)
             .values(
-                upload_id=upload_id,
+                upload_id=id,
                 run_id=round_id.run,
                 number=round_id.number,
                 attempt=attempt,
@@ -87,40 +81,28 @@ class Uploads(Statements):
                 signature=signature,
                 unit_hashes=b"".join(unit_hashes),
                 total=total,
-                durable=0,
                 began_at=to_ms(now or self.now),
             )
             .on_conflict_do_nothing()
         )
         if not written:
             raise ExistsError(f"{node} has begun an upload for round {round_id} before")
-        return self.upload_by_id(upload_id)
+        return _upload(self._c.execute(_BY_ID, {"id_": id}).one())
 
     def upload(self, round_id: RoundId, attempt: int, node: NodeId) -> UploadRow | None:
         """The upload of a node for an attempt, if it has begun."""
         row = self._one(_OF_NODE, run=round_id.run, n=round_id.number, try_=attempt, node=node)
         return None if row is None else _upload(row)
 
-    def find_upload(self, upload_id: bytes) -> UploadRow | None:
-        """An upload, if there is one of that id."""
+    def upload_by_id(self, upload_id: bytes) -> UploadRow | None:
+        """An upload, if it has begun."""
         row = self._one(_BY_ID, id_=upload_id)
         return None if row is None else _upload(row)
-
-    def upload_by_id(self, upload_id: bytes) -> UploadRow:
-        """Raises: NotFoundError."""
-        row = self.find_upload(upload_id)
-        if row is None:
-            raise NotFoundError("no such upload has begun here")
-        return row
 
     def uploads(self, round_id: RoundId, attempt: int) -> list[UploadRow]:
         """All uploads of an attempt, by node."""
         found = self._all(_OF_ATTEMPT, run=round_id.run, n=round_id.number, try_=attempt)
         return [_upload(row) for row in found]
-
-    def set_durable(self, upload_id: bytes, durable: int) -> None:
-        """Record how many bytes are checked and synced; it never shrinks."""
-        self._write(_SET_DURABLE, id_=upload_id, bytes_=durable)
 
     def finish_upload(self, upload_id: bytes, receipt: bytes, now: datetime) -> bool:
         """Record the receipt of a complete upload. Returns whether it was new."""
@@ -172,7 +154,6 @@ def _upload(row: Any) -> UploadRow:
         signature=bytes(row.signature),
         unit_hashes=tuple(packed[i : i + _HASH] for i in range(0, len(packed), _HASH)),
         total=row.total,
-        durable=row.durable,
         began_at=from_ms(row.began_at),
         finished_at=None if row.finished_at is None else from_ms(row.finished_at),
         receipt=None if row.receipt is None else bytes(row.receipt),

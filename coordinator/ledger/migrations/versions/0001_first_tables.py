@@ -318,9 +318,6 @@ def upgrade() -> None:
             "unit_hashes", sa.LargeBinary(), nullable=False, comment="32 bytes for each 4 MiB unit"
         ),
         sa.Column("total", sa.BigInteger(), nullable=False, comment="bytes"),
-        sa.Column(
-            "durable", sa.BigInteger(), nullable=False, comment="bytes received, checked and synced"
-        ),
         sa.Column("began_at", sa.BigInteger(), nullable=False, comment="Unix ms UTC"),
         sa.Column(
             "finished_at", sa.BigInteger(), nullable=True, comment="Unix ms UTC; NULL: not complete"
@@ -331,7 +328,6 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "(receipt IS NULL) = (finished_at IS NULL)", name=op.f("ck_uploads_finished")
         ),
-        sa.CheckConstraint("durable >= 0 AND durable <= total", name=op.f("ck_uploads_durable")),
         sa.ForeignKeyConstraint(["node_id"], ["nodes.node_id"], name=op.f("fk_uploads_nodes")),
         sa.ForeignKeyConstraint(
             ["run_id", "number"], ["rounds.run_id", "rounds.number"], name=op.f("fk_uploads_rounds")
