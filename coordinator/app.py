@@ -61,7 +61,7 @@ class Parts:
     callers: Callers
 
 
-def build(config: CoordinatorConfig, clock: Clock) -> Parts:
+async def build(config: CoordinatorConfig, clock: Clock) -> Parts:
     """Open ledger and folders.
 
     Raises:
@@ -70,7 +70,7 @@ def build(config: CoordinatorConfig, clock: Clock) -> Parts:
     """
     authority = CertificateAuthority.load(config.federation, config.keys)
     ledger = Ledger(config.ledger_url, clock=clock)
-    ledger.open()
+    await ledger.open()
     blobs = Blobs(config.blobs)
     blobs.prepare()
     spool = Spool(config.spool, min_free_bytes=config.min_free_bytes)
@@ -162,7 +162,7 @@ def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCrede
 
 async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
     """Serve until SIGTERM or SIGINT."""
-    parts = build(config, clock or SystemClock())
+    parts = await build(config, clock or SystemClock())
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -193,4 +193,4 @@ async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
         await asyncio.wait({driving}, timeout=_GRACE_S)
     finally:
         await asyncio.gather(*(server.stop(_GRACE_S) for server in servers))
-        parts.ledger.close()
+        await parts.ledger.close()

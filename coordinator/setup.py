@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import tomli_w
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from coordinator.ca import (
@@ -17,7 +19,7 @@ from coordinator.ca import (
     write_private,
 )
 from coordinator.clock import SystemClock
-from coordinator.config import load_config
+from coordinator.config import CoordinatorConfig, load_config
 from coordinator.ledger import Ledger
 from protocols.crypto.identity import Identity, spki_digest
 from protocols.errors import ExistsError
@@ -85,20 +87,21 @@ def initialise(
     (home / "config.toml").write_bytes(tomli_w.dumps(document).encode())
     config = load_config(home / "config.toml")
 
-    book = Ledger(config.ledger_url, clock=SystemClock())
-    book.open()
-    try:
-        book.run_sync(
+    asyncio.run(_register(config, person, operator_name))
+    return home
+
+
+async def _register(config: CoordinatorConfig, person: x509.Certificate, name: str) -> None:
+    """Enter the operator's certificate: only certificates in the ledger are answered."""
+    async with Ledger(config.ledger_url, clock=SystemClock()) as ledger:
+        await ledger.run(
             "register_operator",
             lambda tx: tx.add_certificate(
                 serial=person.serial_number,
                 spki_sha256=spki_digest(person),
                 subject_role="operator",
-                subject_name=operator_name,
+                subject_name=name,
                 not_after=person.not_valid_after_utc,
                 der=person.public_bytes(serialization.Encoding.DER),
             ),
         )
-    finally:
-        book.close()
-    return home

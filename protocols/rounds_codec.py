@@ -149,5 +149,7 @@ def _read_field(name: str, item: Any) -> Any:
             return item
         case "code" | "reason":
             return str(item)
-        case _:
+        case _ if isinstance(item, list):
             return frozenset(parse_node_id(node) for node in item)
+        case _:
+            raise MalformedMessageError(f"{name} must be a list of nodes")

@@ -12,6 +12,7 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import grpc
 
@@ -40,7 +41,7 @@ from protocols.upload import UploadHeader, check_unit_hashes, verify_header
 from protocols.wire import read_bytes, read_digest_bytes
 
 _MAX_BLOB = 2**42  # bytes
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,7 @@ def check_may_upload(phase: Phase, header: UploadHeader) -> None:
         raise NotListedError(f"{header.node} is not in the ready set of round {round_}")
 
 
-class BulkService(bulk_pb2_grpc.BulkServicer):  # type: ignore[misc]
+class BulkService(bulk_pb2_grpc.BulkServicer):
     """Control part and raw part of bulk data."""
 
     def __init__(
@@ -122,6 +123,8 @@ class BulkService(bulk_pb2_grpc.BulkServicer):  # type: ignore[misc]
         """Announce an upload, or ask how far it got."""
         node = await self._callers.node(context)
         row = await self._ledger.read("signing_key", lambda tx: tx.node(node))
+        if row is None:
+            raise NotFoundError(f"{node} is not enrolled")
         header = verify_header(row.signing_key, request.header, request.signature)
         unit_hashes = tuple(request.unit_hashes)
         check_unit_hashes(header, unit_hashes)
@@ -174,7 +177,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):  # type: ignore[misc]
 
         def finish(tx: Tx) -> None:
             row = tx.upload_by_id(header.upload_id)
-            if row.receipt is not None:
+            if row is None or row.receipt is not None:
                 return  # an answer was lost; the receipt is the same
             if durable != header.size:
                 raise NotReadyError(
@@ -198,7 +201,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):  # type: ignore[misc]
         """Raw: the bytes of an upload from an offset on. Answers the durable offset."""
         node = await self._callers.node(context)
         metadata = _metadata(context)
-        upload_id = read_bytes(metadata.get("minga-upload-bin", b""), what="an upload id", size=32)
+        upload_id = read_bytes(_binary(metadata, "minga-upload-bin"), what="an upload id", size=32)
         offset = _offset(metadata.get("minga-offset"))
         header, arriving = await self._find_upload(upload_id, node)
         check_may_upload((await self._phase(header.round_id)), header)
@@ -285,7 +288,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):  # type: ignore[misc]
         """Raw: the bytes of an announced blob from an offset on."""
         await self._callers.operator(context)
         metadata = _metadata(context)
-        digest = read_digest_bytes(metadata.get("minga-digest-bin", b""))
+        digest = read_digest_bytes(_binary(metadata, "minga-digest-bin"))
         arriving = self._puts.get(digest)
         if arriving is None:
             raise NotFoundError("announce the blob with BeginPut first")
@@ -319,16 +322,16 @@ class BulkService(bulk_pb2_grpc.BulkServicer):  # type: ignore[misc]
         return await self._ledger.read("round_of_upload", find)
 
     async def _phase(self, round_id: RoundId) -> Phase:
-        phase: Phase = await self._ledger.read("phase", lambda tx: tx.round(round_id).phase)
-        return phase
+        row = await self._ledger.read("phase", lambda tx: tx.round(round_id))
+        if row is None:
+            raise NotFoundError(f"there is no round {round_id}")
+        return row.phase
 
     async def _find_upload(self, upload_id: bytes, node: NodeId) -> tuple[UploadHeader, Arriving]:
         row = await self._ledger.read("upload", lambda tx: tx.upload_by_id(upload_id))
         if row is None or row.node != node:
             raise NotFoundError("there is no such upload of yours; announce it first")
         header = UploadHeader.from_bytes(row.header)
-        return header, Arriving(
-            path=self._path(header), total=row.total, unit_hashes=row.unit_hashes
         return header, Arriving(
             path=self._path(header), total=row.total, unit_hashes=row.unit_hashes
         )
@@ -372,6 +375,11 @@ def raw_handlers(service: BulkService) -> grpc.GenericRpcHandler:
 
 def _metadata(context: Context) -> dict[str, str | bytes]:
     return {item[0]: item[1] for item in context.invocation_metadata() or ()}
+
+
+def _binary(metadata: dict[str, str | bytes], name: str) -> bytes:
+    value = metadata.get(name, b"")
+    return value if isinstance(value, bytes) else b""
 
 
 def _offset(text: str | bytes | None) -> int:

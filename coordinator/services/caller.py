@@ -13,7 +13,7 @@ import grpc
 from cryptography import x509
 
 from coordinator.clock import Clock
-from coordinator.ledger import Ledger
+from coordinator.ledger import Ledger, Tx
 from protocols.crypto.identity import (
     Identity,
     Role,
@@ -75,11 +75,11 @@ class Callers:
         if identity.role not in roles:
             raise NotPermittedError(f"{identity} may not do this; it is for a {' or '.join(roles)}")
 
-        def check(tx: object) -> str | None:
-            if tx.certificate(key) is None:  # type: ignore[attr-defined]
+        def check(tx: Tx) -> str | None:
+            if tx.certificate(key) is None:
                 return "was not issued by this federation"
             if identity.role == "node":
-                row = tx.node(NodeId(identity.name))  # type: ignore[attr-defined]
+                row = tx.node(NodeId(identity.name))
                 if row is None:
                     return "names a node that is not enrolled"
                 if row.status != "active":

@@ -68,7 +68,7 @@ class _Issuer:
         )
 
 
-class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):  # type: ignore[misc]
+class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):
     """Answers callers without a client certificate, on a port of its own."""
 
     async def Join(
@@ -103,7 +103,7 @@ class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):  # type: 
         return self._response(await self._ledger.run("enrol", enrol))
 
 
-class RenewalService(_Issuer, enrolment_pb2_grpc.RenewalServicer):  # type: ignore[misc]
+class RenewalService(_Issuer, enrolment_pb2_grpc.RenewalServicer):
     """Renews a certificate that is still in force; the new key is certified at once."""
 
     def __init__(self, *, callers: Callers, **issuer: object) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
 from protocols.errors import FederationError, error_details, grpc_status_name
 
 logger = logging.getLogger(__name__)
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 
 
 async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
