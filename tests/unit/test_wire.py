@@ -63,8 +63,6 @@ TERMS = Terms(
 some = st.frozensets(st.sampled_from(NODES))
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 when = st.integers(0, 2**40).map(lambda ms: EPOCH + timedelta(milliseconds=ms))
-    lambda ms: datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=ms)
-)
 attempt = st.integers(1, 9)
 digest = st.binary(min_size=32, max_size=32).map(lambda b: Digest(b.hex()))
 timed = {"terms": st.just(TERMS), "closes_at": when}
@@ -368,8 +366,7 @@ def test_an_invitation_reads_what_it_writes_and_hides_its_secret():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "minga1.a.b", "minga2.a.AAAA.AAAA", "minga1.a.AAAA.AAAA", "minga1.A..", "x" * 9000]
+    "text", ["", "minga1.a.b", "minga2.a.AAAA.AAAA", "minga1.a.AAAA.AAAA", "minga1.A..", "x" * 9000]
 )
 def test_a_damaged_invitation_is_refused_without_repeating_it(text):
     with pytest.raises((TokenRefusedError, MalformedMessageError)) as caught:
