@@ -157,6 +157,13 @@ def _parse_round(value: Any) -> RoundId:
     return RoundId.parse(value)
 
 
+def _parse_boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise MalformedMessageError("want true or false")
+    return value
+
+
+BOOLEAN: Codec[bool] = Codec(encode=_same, decode=_parse_boolean)
 NODE: Codec[NodeId] = Codec(encode=_same, decode=parse_node_id)
 FEDERATION: Codec[FederationId] = Codec(encode=_same, decode=parse_federation_id)
 DIGEST: Codec[Digest] = Codec(encode=_same, decode=parse_digest)

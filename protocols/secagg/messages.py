@@ -21,6 +21,7 @@ well-formed message is true is checked in ``node``, ``coordinator`` and ``verify
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
@@ -50,6 +51,7 @@ _WHERE: Final[Mapping[str, Codec[Any]]] = {
     "attempt": codec.integer(1, MAX_ATTEMPT),
     "node": codec.NODE,
 }
+_REASON: Final = codec.text(REASON)
 _HASH: Final = codec.hex_of(32)
 _PATH: Final = codec.list_of(_HASH, most=MAX_PATH)
 
@@ -71,7 +73,7 @@ class _Message:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Body(_Message):
+class Body(_Message):
     """The body of a node's message; ``to_bytes`` is what gets signed."""
 
     CONTEXT: ClassVar[Context]
@@ -81,8 +83,16 @@ class _Body(_Message):
     attempt: int
     node: NodeId  # who signs
 
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: the bytes that are signed and hashed, made once for each value."""
+        return self._bytes
 
-B = TypeVar("B", bound=_Body)
+    @functools.cached_property
+    def _bytes(self) -> bytes:
+        return codec.to_bytes(self)
+
+
+B = TypeVar("B", bound=Body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +115,7 @@ class Signed(Generic[B]):
             BadSignatureError: it has not signed this.
         """
         body = self.body
-        verify(roster.key(body.node), body.CONTEXT, body.to_bytes(), self.signature)
+        _verify_once(roster.key(body.node), body.CONTEXT, body.to_bytes(), self.signature)
         return body
 
     def to_json(self) -> dict[str, Any]:
@@ -114,6 +124,13 @@ class Signed(Generic[B]):
     def to_bytes(self) -> bytes:
         """Canonical JSON: ``{"body":{...},"signature":"<128 hex digits>"}``."""
         return canonical_bytes(self.to_json())
+
+
+@functools.lru_cache(maxsize=1024)  # six messages of each of 64 members, and some to spare
+def _verify_once(public_key: bytes, context: Context, body: bytes, signature: bytes) -> None:
+    """``verify``, remembered: lists repeat what was verified when it first came. Only success is
+    remembered, under everything that it depends on."""
+    verify(public_key, context, body, signature)
 
 
 _SIGNATURE: Final = codec.hex_of(SIGNATURE_BYTES)
@@ -136,7 +153,8 @@ def signed_from_bytes(cls: type[B], data: bytes) -> Signed[B]:
     return signed_from_json(cls, parse_canonical(data))
 
 
-def _signed(cls: type[B]) -> Codec[Signed[B]]:
+def signed_codec(cls: type[B]) -> Codec[Signed[B]]:
+    """A signed message within another."""
     return Codec(
         encode=lambda value: value.to_json(), decode=lambda value: signed_from_json(cls, value)
     )
@@ -152,7 +170,7 @@ def _check_order(what: str, nodes: list[NodeId]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ready(_Body):
+class Ready(Body):
     """This node has trained and can deal. No field depends on its data."""
 
     SCHEMA: ClassVar[str] = "minga.secagg.ready/1"
@@ -184,7 +202,7 @@ class Start(_Message):
 
     SCHEMA: ClassVar[str] = "minga.secagg.start/1"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
-        "readys": codec.list_of(_signed(Ready), most=MAX_ROSTER)
+        "readys": codec.list_of(signed_codec(Ready), most=MAX_ROSTER)
     }
 
     readys: tuple[Signed[Ready], ...]
@@ -206,7 +224,7 @@ class Start(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deal(_Body):
+class Deal(Body):
     """One member's masking key and its commitments."""
 
     SCHEMA: ClassVar[str] = "minga.secagg.deal/1"
@@ -250,7 +268,7 @@ class DealBundle(_Message):
 
     SCHEMA: ClassVar[str] = "minga.secagg.deal-bundle/1"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
-        "deal": _signed(Deal),
+        "deal": signed_codec(Deal),
         "packets": codec.list_of(codec.record_of(Packet), most=MAX_ROSTER - 1),
     }
 
@@ -267,7 +285,7 @@ class Parcel(_Message):
 
     SCHEMA: ClassVar[str] = "minga.secagg.parcel/1"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
-        "deal": _signed(Deal),
+        "deal": signed_codec(Deal),
         "sealed": codec.optional(_SEALED),
         "path": _PATH,
     }
@@ -300,7 +318,7 @@ class Delivery(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DealOk(_Body):
+class DealOk(Body):
     """This node opened every packet and found every share as committed, under this ctx."""
 
     SCHEMA: ClassVar[str] = "minga.secagg.deal-ok/1"
@@ -311,7 +329,7 @@ class DealOk(_Body):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Complaint(_Body):
+class Complaint(Body):
     """This dealer's packet is bad. Carries the complainant's EK, dead by now, so that anyone can
     open that packet and see who is at fault."""
 
@@ -335,7 +353,7 @@ class Go(_Message):
 
     SCHEMA: ClassVar[str] = "minga.secagg.go/1"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
-        "deal_oks": codec.list_of(_signed(DealOk), most=MAX_ROSTER)
+        "deal_oks": codec.list_of(signed_codec(DealOk), most=MAX_ROSTER)
     }
 
     deal_oks: tuple[Signed[DealOk], ...]
@@ -348,7 +366,7 @@ class Go(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upload(_Body):
+class Upload(Body):
     """Header of a masked vector: what this node's one contribution to this attempt is."""
 
     SCHEMA: ClassVar[str] = "minga.secagg.upload/1"
@@ -371,7 +389,7 @@ class Survivors(_Message):
 
     SCHEMA: ClassVar[str] = "minga.secagg.survivors/1"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
-        "headers": codec.list_of(_signed(Upload), most=MAX_ROSTER)
+        "headers": codec.list_of(signed_codec(Upload), most=MAX_ROSTER)
     }
 
     headers: tuple[Signed[Upload], ...]
@@ -386,7 +404,7 @@ class Survivors(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Commit(_Body):
+class Commit(Body):
     """This list, and no other, may be opened in this round."""
 
     SCHEMA: ClassVar[str] = "minga.secagg.commit/1"
@@ -402,7 +420,7 @@ class Commit(_Body):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Abort(_Body):
+class Abort(Body):
     """This node never reveals anything in this attempt, under whatever ctx it may be shown."""
 
     SCHEMA: ClassVar[str] = "minga.secagg.abort/1"
@@ -410,11 +428,14 @@ class Abort(_Body):
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
         **_WHERE,
         "roster_root": codec.DIGEST,
-        "reason": codec.text(REASON),
+        "reason": _REASON,
     }
 
     roster_root: Digest
     reason: str
+
+    def __post_init__(self) -> None:
+        _REASON.decode(self.reason)  # it becomes public: a code, never free text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,7 +444,7 @@ class CommitCertificate(_Message):
 
     SCHEMA: ClassVar[str] = "minga.secagg.commit-certificate/1"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
-        "commits": codec.list_of(_signed(Commit), most=MAX_ROSTER)
+        "commits": codec.list_of(signed_codec(Commit), most=MAX_ROSTER)
     }
 
     commits: tuple[Signed[Commit], ...]
@@ -438,7 +459,7 @@ class AbortCertificate(_Message):
 
     SCHEMA: ClassVar[str] = "minga.secagg.abort-certificate/1"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
-        "aborts": codec.list_of(_signed(Abort), most=MAX_ROSTER)
+        "aborts": codec.list_of(signed_codec(Abort), most=MAX_ROSTER)
     }
 
     aborts: tuple[Signed[Abort], ...]
@@ -479,7 +500,7 @@ class RevealedShare(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reveal(_Body):
+class Reveal(Body):
     """One share for each member of U1: of b if it survived, of RK if it was lost."""
 
     SCHEMA: ClassVar[str] = "minga.secagg.reveal/1"
@@ -520,12 +541,12 @@ class Transcript(_Message):
     SCHEMA: ClassVar[str] = "minga.secagg.transcript/1"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
         "start": codec.record_of(Start),
-        "deals": codec.list_of(_signed(Deal), most=MAX_ROSTER),
+        "deals": codec.list_of(signed_codec(Deal), most=MAX_ROSTER),
         "checkpoint": codec.hex_of(1, MAX_CHECKPOINT),
         "go": codec.record_of(Go),
         "survivors": codec.record_of(Survivors),
         "certificate": codec.record_of(CommitCertificate),
-        "reveals": codec.list_of(_signed(Reveal), most=MAX_ROSTER),
+        "reveals": codec.list_of(signed_codec(Reveal), most=MAX_ROSTER),
         "self_seeds": codec.list_of(codec.record_of(OpenedSecret), most=MAX_ROSTER),
         "pair_secrets": codec.list_of(codec.record_of(OpenedSecret), most=MAX_ROSTER),
     }
