@@ -59,7 +59,7 @@ class Ledger:
 
     # -- opening and closing -----------------------------------------------------------------
 
-    def open(self) -> Self:
+    async def open(self) -> Self:
         """Take the file, bring the tables up to date, begin to listen.
 
         Raises:
@@ -68,22 +68,29 @@ class Ledger:
             ConfigurationError: the ledger was written by another version, or cannot be opened.
         """
         try:
-            if self._engines.file is not None:
-                self._lock_file = _take_file(self._engines.file)
-            with ledger_errors(), self._engines.write.begin() as connection:
-                migrate.upgrade(connection)
-            self._version = self._read("open", Tx.version)
+            await asyncio.to_thread(self._open)
         except BaseException:
-            self.close()
+            await self.close()
             raise
+        return self
+
+    def _open(self) -> None:
+        if self._engines.file is not None:
+            self._lock_file = _take_file(self._engines.file)
+        with ledger_errors(), self._engines.write.begin() as connection:
+            migrate.upgrade(connection)
+        self._version = self._read("open", Tx.version)
         if self._engines.file is None:
             self._poller = threading.Thread(target=self._poll, name="ledger-poll", daemon=True)
             self._poller.start()
-        return self
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Finish what runs, then let go of the database. Later calls are not ready."""
         self._closing.set()
+        self._advance(self._version, closing=True)
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
         self._writers.shutdown()
         self._readers.shutdown()
         if self._poller is not None:
@@ -93,18 +100,17 @@ class Ledger:
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
-        self._advance(self._version, closing=True)
 
-    def __enter__(self) -> Self:
-        return self.open()
+    async def __aenter__(self) -> Self:
+        return await self.open()
 
-    def __exit__(
+    async def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        await self.close()
 
     # -- transactions ------------------------------------------------------------------------
 

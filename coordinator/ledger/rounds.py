@@ -34,6 +34,7 @@ from protocols.rounds_codec import from_ms, phase_from_json, phase_to_json, to_m
 _RUN = sa.select(runs).where(runs.c.run_id == bindparam("run"))
 _RUNS = sa.select(runs).order_by(runs.c.submitted_at, runs.c.run_id)
 _ACTIVE = _RUNS.where(runs.c.status == "active")
+_STATUSES = sa.select(runs.c.run_id, runs.c.status, runs.c.ended_at)
 _SET_RUN = (
     sa.update(runs)
     .where(runs.c.run_id == bindparam("run"))
@@ -110,13 +111,14 @@ class Rounds(Statements):
 
     # -- runs --------------------------------------------------------------------------------
 
-    def add_run(self, plan: Plan, snapshot: bytes, now: datetime) -> RunRow:
+    def add_run(self, plan: Plan, snapshot: bytes, now: datetime, *, by: str = "") -> RunRow:
         """Begin a run. The same plan and snapshot again are no error.
 
         Args:
             plan: the terms.
             snapshot: canonical JSON of the initial model.
             now: UTC.
+            by: the operator, for history.
 
         Raises:
             ExistsError: another plan or snapshot was submitted under this name.
@@ -137,7 +139,8 @@ class Rounds(Statements):
         )
         row = self.run(plan.run_id)
         if written:
-            self.note(f"run {plan.run} was submitted", now=now, run=plan.run_id)
+            who = f" by operator {by}" if by else ""
+            self.note(f"run {plan.run} was submitted{who}", now=now, run=plan.run_id)
         elif (row.plan_bytes, row.snapshot) != (data, snapshot):
             raise ExistsError(f"run {plan.run} exists with another plan; choose another name")
         return row
@@ -170,6 +173,16 @@ class Rounds(Statements):
     def runs(self) -> list[RunRow]:
         """All runs, the oldest first."""
         return [_run(row) for row in self._all(_RUNS)]
+
+    def run_statuses(self) -> dict[RunId, tuple[RunStatus, datetime | None]]:
+        """Status of every run and when it ended (UTC; None: still active)."""
+        return {
+            RunId(row.run_id): (
+                row.status,
+                None if row.ended_at is None else from_ms(row.ended_at),
+            )
+            for row in self._all(_STATUSES)
+        }
 
     def active_runs(self) -> list[RunRow]:
         """Runs that may open another round, the oldest first."""

@@ -1,0 +1,222 @@
+"""For people who run or watch the federation.
+
+Every call may be repeated. What is refused is refused with a sentence that says what to change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Final, TypeAlias
+
+import grpc
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from coordinator.blobs import Blobs
+from coordinator.ca import CertificateAuthority
+from coordinator.clock import Clock
+from coordinator.ledger import HistoryRow, Ledger, RoundRow, Tx
+from coordinator.rounds import advance, why_now
+from coordinator.services.caller import Callers
+from coordinator.services.facts import full_facts, history_entry, node_facts, run_facts
+from coordinator.services.progress import read_progress
+from coordinator.services.submission import check_roster, check_submission
+from protocols.enrolment import SECRET_BYTES, Invitation
+from protocols.errors import MalformedMessageError, NotFoundError, RefusedError
+from protocols.gen import admin_pb2, admin_pb2_grpc, rounds_pb2
+from protocols.identifiers import RunId, parse_node_id, parse_run_id
+from protocols.plan import Plan
+from protocols.rounds import StopRequested, waiting_for
+from protocols.rounds_codec import to_ms
+from protocols.tensors.snapshot import Snapshot
+from protocols.wire import phase_to_view, read_round, read_text
+
+MAX_INVITATION_HOURS: Final = 72
+_WATCH_S: Final = 30.0
+_BATCH: Final = 500  # history entries read at once
+Context: TypeAlias = grpc.aio.ServicerContext
+
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    """Answers operators."""
+
+    def __init__(
+        self,
+        *,
+        callers: Callers,
+        ledger: Ledger,
+        clock: Clock,
+        blobs: Blobs,
+        authority: CertificateAuthority,
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        self._callers = callers
+        self._ledger = ledger
+        self._clock = clock
+        self._blobs = blobs
+        self._authority = authority
+        self._random_bytes = random_bytes
+
+    # -- members -----------------------------------------------------------------------------
+
+    async def Invite(
+        self, request: admin_pb2.InviteRequest, context: Context
+    ) -> admin_pb2.InviteResponse:
+        """Make a one-time token for one institution. Only its hash is kept."""
+        await self._callers.operator(context)
+        institution = parse_node_id(request.institution)
+        if not 1 <= request.valid_hours <= MAX_INVITATION_HOURS:
+            raise MalformedMessageError(
+                f"an invitation is valid for 1 to {MAX_INVITATION_HOURS} hours,"
+                f" not {request.valid_hours}"
+            )
+        expires_at = self._clock.now() + timedelta(hours=request.valid_hours)
+        secret = self._random_bytes(SECRET_BYTES)
+        token_hash = hashlib.sha256(secret).digest()
+        await self._ledger.run(
+            "invite", lambda tx: tx.add_token(token_hash, institution, expires_at)
+        )
+        invitation = Invitation(
+            institution=institution,
+            secret=secret,
+            root_der=self._authority.certificate.public_bytes(Encoding.DER),
+        )
+        return admin_pb2.InviteResponse(token=invitation.to_text(), expires_at_ms=to_ms(expires_at))
+
+    async def ListNodes(
+        self, request: admin_pb2.ListNodesRequest, context: Context
+    ) -> admin_pb2.ListNodesResponse:
+        """Every enrolled node and what it says it is doing."""
+        await self._callers.operator(context)
+
+        def look(tx: Tx) -> list[admin_pb2.NodeFacts]:
+            certificates, progress = tx.certificates(), read_progress(tx)
+            return [node_facts(row, certificates, progress.get(row.node, ())) for row in tx.nodes()]
+
+        return admin_pb2.ListNodesResponse(nodes=await self._ledger.read("list_nodes", look))
+
+    # -- runs --------------------------------------------------------------------------------
+
+    async def SubmitRun(
+        self, request: admin_pb2.SubmitRunRequest, context: Context
+    ) -> admin_pb2.RunFacts:
+        """Begin a run. The same plan and snapshot again give the same answer."""
+        operator = await self._callers.operator(context)
+        plan, snapshot = Plan.from_bytes(request.plan), Snapshot.from_bytes(request.snapshot)
+        await asyncio.to_thread(
+            check_submission, plan, snapshot, self._blobs, self._authority.federation
+        )
+        now = self._clock.now()
+        return await self._ledger.run(
+            "submit_run", lambda tx: submit(tx, plan, request.snapshot, operator.name, now)
+        )
+
+    async def ListRuns(
+        self, request: admin_pb2.ListRunsRequest, context: Context
+    ) -> admin_pb2.ListRunsResponse:
+        """Every run, without its rounds."""
+        await self._callers.operator(context)
+        runs = await self._ledger.read("list_runs", Tx.runs)
+        return admin_pb2.ListRunsResponse(runs=[run_facts(run) for run in runs])
+
+    async def ShowRun(
+        self, request: admin_pb2.ShowRunRequest, context: Context
+    ) -> admin_pb2.RunFacts:
+        """Everything about a run."""
+        await self._callers.operator(context)
+        run_id, now = parse_run_id(request.run), self._clock.now()
+        return await self._ledger.read("show_run", lambda tx: full_facts(tx, run_id, now))
+
+    async def WatchRun(
+        self, request: admin_pb2.WatchRunRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.HistoryEntry]:
+        """The run's history after an entry, then what happens, until the run ends."""
+        run_id, after = parse_run_id(request.run), request.after
+        while True:
+            await self._callers.operator(context)  # a stream may outlive the right to it
+            rows, version, ended = await self._ledger.read(
+                "watch_run", partial(look_on, run_id=run_id, after=after)
+            )
+            for row in rows:
+                yield history_entry(row)
+                after = row.id
+            if not rows:
+                if ended:
+                    return
+                await self._ledger.changed(version, _WATCH_S)
+
+    async def Why(self, request: admin_pb2.WhyRequest, context: Context) -> admin_pb2.WhyResponse:
+        """What a round waits for: the machine's own answer, nothing is changed by asking."""
+        await self._callers.operator(context)
+        round_id, now = read_round(request.round), self._clock.now()
+
+        def look(tx: Tx) -> tuple[RoundRow, list[rounds_pb2.Progress]]:
+            row = tx.round(round_id)
+            if row is None:
+                tx.run(round_id.run)
+                raise NotFoundError(f"run {round_id.run} has no round {round_id.number} yet")
+            reports = read_progress(tx)
+            mine = (report for node in sorted(reports) for report in reports[node])
+            return row, [report for report in mine if read_round(report.round) == round_id]
+
+        row, progress = await self._ledger.read("why", look)
+        return admin_pb2.WhyResponse(
+            phase=phase_to_view(row.phase),
+            why=why_now(row, now),
+            waiting_for=waiting_for(row.phase),
+            progress=progress,
+        )
+
+    async def StopRun(
+        self, request: admin_pb2.StopRunRequest, context: Context
+    ) -> admin_pb2.RunFacts:
+        """Open no other round; a round in which nothing has left the sites ends at once."""
+        operator = await self._callers.operator(context)
+        run_id, now = parse_run_id(request.run), self._clock.now()
+        reason = read_text(request.reason, what="a reason") or f"by operator {operator.name}"
+        return await self._ledger.run("stop_run", lambda tx: stop(tx, run_id, reason, now))
+
+
+def submit(tx: Tx, plan: Plan, snapshot: bytes, operator: str, now: datetime) -> admin_pb2.RunFacts:
+    """Record a run that was checked.
+
+    Raises:
+        ExistsError: another plan or snapshot has this name.
+        PlanRefusedError: a node of the roster is not an active member.
+    """
+    if tx.find_run(plan.run_id) is None:
+        check_roster(plan, {row.node: row for row in tx.nodes()})
+    return run_facts(tx.add_run(plan, snapshot, now, by=operator))
+
+
+def stop(tx: Tx, run_id: RunId, reason: str, now: datetime) -> admin_pb2.RunFacts:
+    """Stop a run and, where that is still harmless, its round.
+
+    Raises:
+        NotFoundError: there is no such run.
+        RefusedError: it ended by itself.
+    """
+    run = tx.lock_run(run_id)
+    if run.status in ("done", "failed"):
+        raise RefusedError(f"run {run_id} is {run.status}: there is nothing to stop")
+    if run.status == "active":
+        tx.set_run_status(run_id, "stopped", reason, now)
+        for row in tx.newest_rounds(run_id):
+            if not row.final:
+                advance(tx, row.round, StopRequested(reason), now, transaction="stop_run")
+    return full_facts(tx, run_id, now)
+
+
+def look_on(tx: Tx, run_id: RunId, after: int) -> tuple[list[HistoryRow], int, bool]:
+    """The next entries of a run's history, the ledger's version, and whether the run is over.
+
+    Raises:
+        NotFoundError: there is no such run.
+    """
+    run, newest = tx.run(run_id), tx.newest_rounds(run_id)
+    ended = run.status != "active" and all(row.final for row in newest)
+    return tx.history(after, run_id, _BATCH), tx.version(), ended

@@ -1,0 +1,98 @@
+"""What a plan must fulfil before a run begins: checked where the operator can still change it.
+
+A plan that cannot work (a tensor nobody has, an optimiser nobody knows, a blob that is not here)
+would otherwise fail after the sites have trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from coordinator.blobs import Blobs
+from coordinator.ledger import NodeRow
+from protocols.errors import NotFoundError, PlanRefusedError
+from protocols.identifiers import Digest, FederationId, NodeId
+from protocols.plan import Plan
+from protocols.round_vector import round_layout
+from protocols.tensors.manifest import Manifest
+from protocols.tensors.scales import Scales
+from protocols.tensors.snapshot import Snapshot
+
+MODES: Final = frozenset({"open"})  # what this coordinator can carry through
+_MAX_MANIFEST: Final = 64 * 2**20  # bytes
+
+
+def check_submission(
+    plan: Plan, snapshot: Snapshot, blobs: Blobs, federation: FederationId
+) -> None:
+    """Compare a plan with the federation, its starting snapshot and the blobs that are here.
+
+    Reads files: call it in a thread.
+
+    Raises:
+        PlanRefusedError: the sentence names the rule.
+        NotFoundError: a blob was not put.
+        ManifestMismatchError: the plan names a tensor that the model does not have.
+    """
+    if plan.federation != federation:
+        raise PlanRefusedError(
+            f"the plan is for federation {plan.federation}, this is {federation}",
+            rule="federation",
+        )
+    if plan.mode not in MODES:
+        raise PlanRefusedError(
+            f"this coordinator cannot carry out mode {plan.mode}, only {', '.join(sorted(MODES))}",
+            rule="mode",
+        )
+    if snapshot.model_root != plan.model.initial:
+        raise PlanRefusedError(
+            f"the plan starts from model {plan.model.initial[:12]}…, the snapshot is"
+            f" {snapshot.model_root[:12]}…",
+            rule="initial_model",
+        )
+    if snapshot.manifest != plan.model.manifest or snapshot.round != 0:
+        raise PlanRefusedError(
+            "the snapshot is not of the plan's parameter set, or not of round 0",
+            rule="initial_model",
+        )
+    _check_blobs(plan, snapshot, blobs)
+
+
+def _check_blobs(plan: Plan, snapshot: Snapshot, blobs: Blobs) -> None:
+    names = {
+        "manifest": snapshot.manifest,
+        "theta": snapshot.theta,
+        **snapshot.buffers,
+        "scales": snapshot.scales,
+    }
+    for name, digest in names.items():
+        if not blobs.has(digest):
+            raise NotFoundError(f"blob {digest[:12]}… ({name}) is not here: put it first")
+    manifest = Manifest.from_bytes(blobs.read_all(snapshot.manifest, limit=_MAX_MANIFEST))
+    for index in {0, plan.total_rounds - 1}:
+        round_layout(plan, index, manifest)
+    for name, digest in {"theta": snapshot.theta, **snapshot.buffers}.items():
+        size, need = blobs.open(digest).size, 4 * manifest.coordinates
+        if size != need:
+            raise PlanRefusedError(
+                f"{name} has {size} bytes; {manifest.coordinates} coordinates have {need}",
+                rule="initial_model",
+            )
+    scales = blobs.open(Digest(snapshot.scales))
+    Scales.from_bytes(scales.read(0, scales.size), manifest)
+
+
+def check_roster(plan: Plan, known: Mapping[NodeId, NodeRow]) -> None:
+    """Every node of the roster is enrolled and active.
+
+    Raises:
+        PlanRefusedError: the sentence names those who are not.
+    """
+    missing = [
+        node for node in plan.roster_ids if node not in known or known[node].status != "active"
+    ]
+    if missing:
+        raise PlanRefusedError(
+            f"not an active member of this federation: {', '.join(missing)}", rule="roster"
+        )
