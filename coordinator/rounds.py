@@ -8,8 +8,10 @@ protocols/spec/round.md, section 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import Final
 
 from coordinator.ledger import RoundRow, RunRow, RunStatus, Tx
 from protocols.cohort import terms_of
@@ -29,7 +31,8 @@ from protocols.rounds import (
 )
 from protocols.tensors.snapshot import Snapshot
 
-MAX_FAILURES = 5  # rounds in a row without a release; then the run has failed
+MAX_FAILURES: Final = 5  # rounds in a row without a release; then the run has failed
+RETRY_AFTER: Final = timedelta(seconds=1)  # after one failed round; twice as long for each further
 
 
 def advance(
@@ -116,7 +119,7 @@ class Wait:
     """The run's newest round is still under way."""
 
 
-def next_of_run(run: RunRow, newest: list[RoundRow]) -> OpenRound | EndRun | Wait:
+def next_of_run(run: RunRow, newest: Sequence[RoundRow]) -> OpenRound | EndRun | Wait:
     """Decide how an active run goes on.
 
     Args:
@@ -140,11 +143,7 @@ def next_of_run(run: RunRow, newest: list[RoundRow]) -> OpenRound | EndRun | Wai
         return OpenRound(number=number, index=index, start_snapshot=last.next_snapshot, why=why)
     if not isinstance(last.phase, Aborted | Burned):
         return Wait()
-    failures = 0
-    for row in newest:
-        if not isinstance(row.phase, Aborted | Burned):
-            break
-        failures += 1
+    failures = failures_in_a_row(newest)
     if failures >= MAX_FAILURES:
         why = f"{failures} rounds in a row ended without a release; the last: {last.phase.reason}"
         return EndRun(status="failed", why=why)
@@ -154,6 +153,27 @@ def next_of_run(run: RunRow, newest: list[RoundRow]) -> OpenRound | EndRun | Wai
         start_snapshot=last.start_snapshot,
         why=f"round {last.round} was {type(last.phase).__name__.lower()}: {last.phase.reason}",
     )
+
+
+def failures_in_a_row(newest: Sequence[RoundRow]) -> int:
+    """How many of a run's last rounds, the newest first, ended without a release."""
+    failures = 0
+    for row in newest:
+        if not isinstance(row.phase, Aborted | Burned):
+            break
+        failures += 1
+    return failures
+
+
+def retry_at(newest: Sequence[RoundRow]) -> datetime | None:
+    """When the round after a failed one may open (UTC); None: at once.
+
+    A pause, so that a run does not use up its tries while, say, everybody is paused for a moment.
+    """
+    failures = failures_in_a_row(newest)
+    if not failures or failures >= MAX_FAILURES:
+        return None
+    return newest[0].changed_at + RETRY_AFTER * (1 << (failures - 1))
 
 
 def open_next(tx: Tx, plan: Plan, decision: OpenRound, now: datetime) -> RoundRow:

@@ -79,6 +79,9 @@ class Ledger:
             self._lock_file = _take_file(self._engines.file)
         with ledger_errors(), self._engines.write.begin() as connection:
             migrate.upgrade(connection)
+            if self._engines.file is not None:
+                # We hold the file, so whoever held a lease is gone: nobody need wait for it.
+                Tx(connection, "open", self._clock.now()).void_leases()
         self._version = self._read("open", Tx.version)
         if self._engines.file is None:
             self._poller = threading.Thread(target=self._poll, name="ledger-poll", daemon=True)

@@ -1,0 +1,1 @@
+"""What moves on when nobody calls. Drivers and services meet only in the ledger."""
