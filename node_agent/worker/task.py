@@ -1,0 +1,277 @@
+"""One job on one rank: recall, evaluate, train, remember, write the update.
+
+Everything here is done by all ranks in the same order; only rank 0 has a context, so only rank 0
+speaks and writes results. See trainer.py for the order of a whole job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from node_agent.job_files import Theta
+from node_agent.resident import Clock, JobContext, JobFailedError, JobInterruptedError
+from node_agent.spool import DeltaSummary, DeltaWriter, Job, Spool
+from node_agent.worker import state
+from node_agent.worker.agreement import Gate, agree
+from node_agent.worker.data import Corpus, HeldOut, PackedText
+from node_agent.worker.distributed import Ranks
+from node_agent.worker.evaluation import evaluate
+from node_agent.worker.local_step import Limits, LocalStepRun
+from node_agent.worker.model import ResidentModel
+from node_agent.worker.optimizer import InnerOptimizer, Moments
+from node_agent.worker.state import Memory, Partial, Progress
+from protocols.errors import NonFiniteUpdateError
+from protocols.plan import Plan
+from protocols.tensors.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Brief:
+    """A job with everything that rank 0 read for it."""
+
+    job: Job
+    plan: Plan
+    manifest: Manifest
+    corpus: Corpus | None  # None in an evaluation-only round
+    documents: tuple[HeldOut, ...]  # empty when nothing is evaluated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One job on this rank. The model holds theta when it begins."""
+
+    brief: Brief
+    model: ResidentModel
+    theta: Theta  # float32, shape [D]: the starting model, mapped
+    ranks: Ranks
+    gate: Gate
+    clock: Clock
+    spool: Spool
+    micro_batch: int
+    context: JobContext | None  # on rank 0
+
+    def remark(self, message: str) -> None:
+        """Tell the operator what does not stop the job."""
+        if self.context is not None:
+            print(f"worker: {message}", file=sys.stderr)
+            self.context.say("progress", message=message)
+
+    # -- what earlier rounds left ----------------------------------------------------------------
+
+    def recall(self, held: Memory | None) -> Memory | None:
+        """The run's memory: ``held`` if it is the one wanted, else from disk; on all ranks alike.
+
+        Args:
+            held: what the last job of this process left, of whatever run.
+
+        Returns:
+            None to start afresh. With ``partial`` set the model holds the interrupted weights.
+        """
+        job, ranks = self.brief.job, self.ranks
+        if job.select == "none":
+            return None
+        root = self.spool.state(job.run)
+        folder: Path | None = ranks.told(state.choose(root, job) if ranks.first else None)
+        if folder is None:
+            return None
+        optimizer = self.brief.plan.local_step.optimizer
+        wanted = (job.run, folder.name, optimizer)
+        if held is not None and (held.run, f"{held.round:06d}", held.optimizer) == wanted:
+            return held
+        memory = self._read_memory(folder)
+        if memory is not None and memory.partial is not None:
+            self._restore_weights(memory.partial)
+        return memory
+
+    def _read_memory(self, folder: Path) -> Memory | None:
+        ranks = self.ranks
+        try:
+            memory = agree(ranks, lambda: state.load(folder, rank=ranks.rank, device=ranks.device))
+        except JobFailedError as error:
+            # The moments are a convenience: a site must not be stuck because they are spoilt.
+            self.remark(f"{error}; training goes on without it")
+            return None
+        if memory.world == ranks.world and memory.optimizer == self.brief.plan.local_step.optimizer:
+            return memory
+        self.remark(f"the state of {folder.name} is of another optimizer or number of ranks")
+        memory.moments, memory.updates, memory.partial = {}, 0, None  # the position still holds
+        return memory
+
+    def _restore_weights(self, partial: Partial) -> None:
+        with torch.no_grad():
+            for part, leaf in zip(self.model.trainable, self.model.leaves(), strict=True):
+                leaf.copy_(partial.weights[part.name])
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """Score the starting model on the site's held-out documents, if the brief has any."""
+        if not self.brief.documents:
+            return []
+        rows = evaluate(
+            self.model,
+            self.brief.documents,
+            sequence_length=self.brief.plan.local_step.sequence_length,
+            ranks=self.ranks,
+            gate=self.gate,
+        )
+        if self.context is not None:
+            self.context.say("evaluated", message=f"{len(self.brief.documents)} documents")
+        return rows
+
+    # -- training --------------------------------------------------------------------------------
+
+    def train(
+        self, corpus: Corpus, memory: Memory | None, evaluation: list[dict[str, Any]]
+    ) -> tuple[LocalStepRun, Memory]:
+        """Train in the time box; put the state away.
+
+        Args:
+            corpus: the site's documents.
+            memory: what ``recall`` found; used up.
+            evaluation: rows to keep if the round is interrupted.
+
+        Returns:
+            The finished run, and what to hand to the next job's ``recall``.
+
+        Raises:
+            JobFailedError: train.non_finite, train.no_steps, data.changed, storage.
+            JobCancelledError: nothing is kept.
+            JobInterruptedError: the middle is on disk.
+        """
+        job, step = self.brief.job, self.brief.plan.local_step
+        text = PackedText(corpus, sequence_length=step.sequence_length, seed=job.seed)
+        data = _fingerprint(corpus, step.sequence_length, job.seed)
+        run = LocalStepRun(
+            model=self.model,
+            optimizer=InnerOptimizer(self.model, step, self.ranks),
+            text=text,
+            step=step,
+            limits=Limits.of(job, step),
+            ranks=self.ranks,
+            gate=self.gate,
+            clock=self.clock,
+            micro_batch=self.micro_batch,
+            position=_position(memory, text, data),
+            progress=Progress(),
+            context=self.context,
+        )
+        self._resume(run, memory)
+        untrained = {} if memory is None else memory.moments
+        try:
+            run.run()
+        except JobInterruptedError:
+            middle = Partial(
+                work=state.work_of(job),
+                progress=run.progress,
+                evaluation=evaluation,
+                weights={part.name: part.leaf.detach() for part in self.model.trainable},
+            )
+            self._save(self._memory(run, data, untrained, partial=middle))
+            raise
+        finally:
+            text.close()
+        if not run.progress.steps:
+            raise JobFailedError("train.no_steps", "the deadline passed before the first step")
+        done = self._memory(run, data, untrained)
+        self._save(done)
+        return run, done
+
+    def _resume(self, run: LocalStepRun, memory: Memory | None) -> None:
+        """Hand earlier moments and, after an interruption, the sums so far to this run."""
+        step = self.brief.plan.local_step
+        partial = memory.partial if memory is not None else None
+        if partial is not None and step.proximal_mu:
+            self.model.load(self.theta)  # the anchor is theta_t, not the middle of the round
+        run.optimizer.anchor()
+        if memory is None:
+            return
+        if partial is not None:
+            self._restore_weights(partial)
+            run.progress = partial.progress
+            run.my_steps = partial.progress.steps
+        elif self.brief.job.reset_optimizer or not step.keep_optimizer:
+            memory.moments = {}
+        if memory.moments and not run.optimizer.resume(memory.moments, updates=memory.updates):
+            memory.moments = {}
+            self.remark("the optimizer's state does not fit the model; it starts afresh")
+
+    def _memory(
+        self,
+        run: LocalStepRun,
+        data: str,
+        untrained: Moments,
+        *,
+        partial: Partial | None = None,
+    ) -> Memory:
+        """What is worth keeping; moments of tensors that this round did not train are passed on."""
+        keep = self.brief.plan.local_step.keep_optimizer or partial is not None
+        epoch, index = divmod(run.position, run.text.per_epoch)
+        return Memory(
+            run=self.brief.job.run,
+            round=self.brief.job.round,
+            world=self.ranks.world,
+            optimizer=run.step.optimizer,
+            updates=run.optimizer.updates if keep else 0,
+            epoch=epoch,
+            index=index,
+            data=data,
+            moments={**untrained, **run.optimizer.moments()} if keep else {},
+            partial=partial,
+        )
+
+    def _save(self, memory: Memory) -> None:
+        state.save(self.spool.state(memory.run), memory, self.ranks)
+
+    # -- the update ------------------------------------------------------------------------------
+
+    def write_delta(self) -> DeltaSummary:
+        """Stream the update to disk on rank 0; the others help to gather it.
+
+        Raises:
+            JobFailedError: train.non_finite: NaN or infinity in a parameter, named; storage.
+        """
+        ranks = self.ranks
+        path = None if self.context is None else self.spool.delta(self.brief.job.id)
+        writer = agree(ranks, lambda: None if path is None else DeltaWriter(path))
+
+        def gather() -> DeltaSummary | None:
+            failed: NonFiniteUpdateError | OSError | None = None
+            for name, part in self.model.difference(self.theta):
+                if writer is None or failed is not None:
+                    continue  # the other ranks still wait for us in each gather
+                try:
+                    writer.add(name, part)
+                except (NonFiniteUpdateError, OSError) as error:
+                    failed = error
+            if isinstance(failed, NonFiniteUpdateError):
+                raise JobFailedError("train.non_finite", str(failed))
+            if failed is not None:
+                raise failed
+            return None if writer is None else writer.commit()
+
+        with writer or nullcontext():
+            summary: DeltaSummary = ranks.told(agree(ranks, gather))
+        return summary
+
+
+def _fingerprint(corpus: Corpus, sequence_length: int, seed: int) -> str:
+    """What a stored position refers to."""
+    text = f"{corpus.fingerprint} {sequence_length} {seed}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _position(memory: Memory | None, text: PackedText, fingerprint: str) -> int:
+    """Where the data goes on: exactly, or at the next epoch when the data is not the same."""
+    if memory is None:
+        return 0
+    if memory.data == fingerprint:
+        return memory.epoch * text.per_epoch + memory.index
+    return (memory.epoch + 1) * text.per_epoch

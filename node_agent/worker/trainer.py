@@ -1,0 +1,235 @@
+"""One resident worker: takes a job through evaluation, training, saving and the update.
+
+    rank 0:  read and check everything, tell the others          failure -> all give up the job
+    all:     model (reused while its structure stays), theta
+    all:     evaluate the round's starting model
+    all:     train in the time box                               interruption -> put the middle away
+    all:     save the state, then rank 0 streams delta.f32
+    rank 0:  result.json (resident.py), last
+
+The model, the optimizer's moments and the position in the data stay in memory between rounds; the
+copy on disk is for a restart. Both give the same bits.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from node_agent.job_files import open_theta, read_plan
+from node_agent.resident import (
+    Clock,
+    JobCancelledError,
+    JobContext,
+    JobFailedError,
+    JobInterruptedError,
+)
+from node_agent.spool import Evaluation, Job, Result, Spool, StatusWriter
+from node_agent.worker.agreement import Gate, agree
+from node_agent.worker.data import Corpus, HeldOut, find_files, held_out, index_corpus
+from node_agent.worker.distributed import Ranks
+from node_agent.worker.local_step import Limits
+from node_agent.worker.model import ModelError, ResidentModel
+from node_agent.worker.state import Memory, Progress
+from node_agent.worker.task import Brief, Task
+from protocols.plan import Plan
+from protocols.tensors.manifest import Manifest
+
+FlowerHost = Callable[[Job, JobContext, Plan, Manifest], Result]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the site decides about its own machine; changes speed and memory, not the plan."""
+
+    micro_batch: int = 0  # rows per forward pass of a rank; 0 is the whole batch
+    checkpointing: bool | None = None  # recompute activations; None decides by size
+    flower: FlowerHost | None = None  # for plans whose local step is a Flower ClientApp
+
+
+class Trainer:
+    """The work of one rank. Rank 0 calls ``lead``; the others live in ``follow``."""
+
+    def __init__(self, ranks: Ranks, *, options: Options, clock: Clock, spool: Spool) -> None:
+        self._ranks = ranks
+        self._options = options
+        self._clock = clock
+        self._spool = spool
+        self._model: ResidentModel | None = None
+        self._model_key: Any = None
+        self._corpora: dict[Any, Corpus] = {}
+        self._memory: Memory | None = None
+        self._threads = torch.get_num_threads()  # what a job without its own number gets
+
+    # -- the ranks' conversation -----------------------------------------------------------------
+
+    def lead(self, job: Job, context: JobContext) -> Result:
+        """Do a job as rank 0."""
+        plan, manifest = read_plan(job)
+        if plan.local_step.kind != "builtin":
+            return self._foreign(job, context, plan, manifest)
+        brief = self._brief(job, plan, manifest)
+        self._ranks.told(("job", brief))
+        return self._run(brief, context)
+
+    def idle(self) -> None:
+        """Rank 0 has nothing to do: say so, or the others' wait would time out."""
+        self._ranks.told(("idle", None))
+
+    def dismiss(self) -> None:
+        """Rank 0 leaves: so do the others."""
+        self._ranks.told(("leave", None))
+
+    def follow(self) -> None:
+        """Do what rank 0 says until it leaves.
+
+        Raises:
+            Exception: whatever made this rank unable to go on; the others cannot go on either.
+        """
+        while True:
+            word, brief = self._ranks.told()
+            if word == "leave":
+                return
+            if word == "idle":
+                continue
+            try:
+                self._run(brief, None)
+            except (JobFailedError, JobCancelledError, JobInterruptedError):
+                continue  # rank 0 answers
+            except Exception as error:
+                traceback.print_exc()
+                status = StatusWriter(self._spool.status(brief.job.id), now=self._clock.now)
+                text = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
+                status.event("failed", code="worker.crashed", message=text)
+                raise
+
+    def fatal(self, error: BaseException) -> bool:
+        """Whether rank 0 must end after an unexpected error: its peers or its device are in doubt.
+
+        A single process on the CPU holds nothing that the next job does not load afresh.
+        """
+        self._memory = None
+        return self._ranks.sharded or self._ranks.device.type == "cuda"
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def _foreign(self, job: Job, context: JobContext, plan: Plan, manifest: Manifest) -> Result:
+        if plan.local_step.kind == "flower" and self._options.flower is not None:
+            if self._ranks.sharded:
+                raise JobFailedError(
+                    "job.ranks", "a Flower app runs in one process: set [worker] ranks = 1"
+                )
+            return self._options.flower(job, context, plan, manifest)
+        raise JobFailedError(
+            "job.kind", f"this worker does not do local steps of kind {plan.local_step.kind}"
+        )
+
+    def _brief(self, job: Job, plan: Plan, manifest: Manifest) -> Brief:
+        """Read the site's data. Raises: DataError; JobFailedError job.limits."""
+        if plan.model.family != "llama":
+            raise ModelError("model.config", f"this worker trains llama, not {plan.model.family}")
+        corpus = None
+        if job.select != "none":
+            if not Limits.of(job, plan.local_step).bounded:
+                raise JobFailedError("job.limits", "neither the job nor the plan limits training")
+            corpus = self._corpus(job.data.train)
+        documents: tuple[HeldOut, ...] = ()
+        if plan.evaluates_in(job.round) and job.data.valid:
+            documents = held_out(job.data.valid, limit=plan.evaluation.max_documents)
+        return Brief(job=job, plan=plan, manifest=manifest, corpus=corpus, documents=documents)
+
+    def _corpus(self, paths: tuple[str, ...]) -> Corpus:
+        """The index of the training files; read again only when a file was touched."""
+        key = (paths, _marks(paths))
+        if key not in self._corpora:
+            self._corpora = {key: index_corpus(paths)}
+        return self._corpora[key]
+
+    # -- one job on every rank -------------------------------------------------------------------
+
+    def _run(self, brief: Brief, context: JobContext | None) -> Result:
+        job, ranks = brief.job, self._ranks
+        torch.set_num_threads(job.threads or self._threads)
+        model = self._resident(brief)
+        theta = agree(ranks, lambda: open_theta(Path(job.theta), brief.manifest))
+        agree(ranks, lambda: model.load(theta))
+        task = Task(
+            brief=brief,
+            model=model,
+            theta=theta,
+            ranks=ranks,
+            gate=Gate(ranks, context),
+            clock=self._clock,
+            spool=self._spool,
+            micro_batch=self._options.micro_batch,
+            context=context,
+        )
+        held, self._memory = self._memory, None  # a job that fails leaves none: disk has the last
+        memory = task.recall(held)
+        partial = memory.partial if memory is not None else None
+        evaluation = partial.evaluation if partial is not None else task.evaluate()
+        progress, my_steps = Progress(), 0
+        if brief.corpus is None:
+            self._memory = held
+        else:
+            run, self._memory = task.train(brief.corpus, memory, evaluation)
+            progress, my_steps = run.progress, run.my_steps
+        delta = task.write_delta()
+        return Result(
+            id=job.id,
+            steps=progress.steps,
+            tokens=progress.tokens,
+            records=progress.records,
+            loss_nats=progress.loss_nats,
+            seconds=progress.seconds,
+            delta_root=delta.root,
+            delta_coordinates=delta.coordinates,
+            delta_norm=delta.norm,
+            evaluation=tuple(Evaluation(**row) for row in evaluation),
+            rank_steps=tuple(ranks.from_all(my_steps)),
+            device=ranks.describe(),
+        )
+
+    def _resident(self, brief: Brief) -> ResidentModel:
+        """The model, built only when the structure or the trained tensors change."""
+        config = brief.plan.model.config
+        length, longest = (
+            brief.plan.local_step.sequence_length,
+            config.get("max_position_embeddings"),
+        )
+        if isinstance(longest, int) and length > longest:
+            raise ModelError(
+                "model.config", f"sequence_length {length} is more than the model's {longest}"
+            )
+        key = (tuple(sorted(config.items())), brief.job.select)
+        if self._model is None or self._model_key != key:
+            self._model = self._model_key = None  # free the old one first
+            self._model = agree(
+                self._ranks,
+                lambda: ResidentModel(
+                    config,
+                    select=brief.job.select,
+                    ranks=self._ranks,
+                    checkpointing=self._options.checkpointing,
+                ),
+            )
+            self._model_key = key
+        if self._model.manifest.digest != brief.manifest.digest:
+            raise ModelError(
+                "model.manifest", "model.config describes other tensors than the manifest"
+            )
+        return self._model
+
+
+def _marks(paths: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
+    """Size and time of every data file: when they stay, the index stays right."""
+    found = []
+    for file in find_files(paths):
+        stat = file.stat()
+        found.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return tuple(found)
