@@ -228,9 +228,7 @@ class World:
         rng = np.random.default_rng([n, d, bits])
         limit = ring.clamp_limit(n)
         make = vectors or (lambda _: rng.integers(-limit, limit + 1, d, dtype=np.int32))
-        members = {
-            node_name(i): Site(index=i, vector=make(i), ring=ring) for i in range(1, n + 1)
-        }
+        members = {node_name(i): Site(index=i, vector=make(i), ring=ring) for i in range(1, n + 1)}
         return cls(attempt=attempt or make_attempt(n), members=members, ring=ring)
 
     # -- one phase each ------------------------------------------------------------------------
