@@ -41,6 +41,7 @@ _INDIVIDUAL: Final = frozenset({  # they rank, drop or weigh single updates, los
     "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg", "FedXgbBagging",
     "FedXgbCyclic",
 })  # fmt: skip
+_SAME: Final = {"FedProx": "FedAvg"}  # aggregates alike, and warns that proximal_mu is 0
 _KEY: Final = "slice"
 
 
@@ -162,7 +163,8 @@ class FlowerOptimizer:
         """
         flwr = _flower()
         record = flwr.app.ArrayRecord
-        strategy = getattr(flwr.serverapp.strategy, self.name)(**self.options)
+        kind = getattr(flwr.serverapp.strategy, _SAME.get(self.name, self.name))
+        strategy = kind(**self.options)
         if self.name == "FedAvgM":
             strategy.current_arrays = record({_KEY: flwr.app.Array(theta)})
             if buffers:

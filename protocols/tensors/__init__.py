@@ -27,6 +27,7 @@ from protocols.tensors.layout import Block, Run, VectorLayout
 from protocols.tensors.manifest import Manifest, Segment, TensorSpec
 from protocols.tensors.metrics import (
     BASE_METRICS,
+    METRIC_BOUND,
     PER_LANGUAGE,
     decode_metrics,
     encode_metrics,
@@ -65,6 +66,7 @@ __all__ = [
     "BLOCK",
     "CHUNK",
     "MAX_NODES",
+    "METRIC_BOUND",
     "PER_LANGUAGE",
     "UNIT",
     "WEIGHT_ONE",

@@ -49,15 +49,15 @@ class Ring:
         return (9 << (self.bits - 1)) // 10
 
     def centre(
-        self, x_m: NDArray[np.uint32], out: NDArray[np.int32] | None = None
+        self, x_m: NDArray[np.uint32] | NDArray[np.int32], out: NDArray[np.int32] | None = None
     ) -> NDArray[np.int32]:
-        """Residues (any uint32, shape [m]) to centred int32, shape [m].
+        """Residues (any uint32 or int32, shape [m]) to centred int32, shape [m].
 
         The bits above the ring are shifted out, the sign is shifted back in.
         """
         shift = 32 - self.bits
         centred = np.empty(x_m.shape, np.int32) if out is None else out
-        np.left_shift(x_m, shift, out=centred.view(np.uint32))
+        np.left_shift(x_m.view(np.uint32), shift, out=centred.view(np.uint32))
         np.right_shift(centred, shift, out=centred)
         return centred
 
