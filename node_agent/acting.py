@@ -1,0 +1,528 @@
+"""Carries out what ``decide`` decided. Every action may be interrupted anywhere and repeated.
+
+The order is always: make, keep in the journal, send, keep the answer. What was kept is sent again
+byte for byte; what was not kept was not sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import assert_never
+
+from node_agent import consent
+from node_agent.bulk import Announcement, fetch, upload
+from node_agent.contribution import (
+    LocalWork,
+    Terms,
+    make_contribution,
+    synthetic_work,
+    work_of_result,
+)
+from node_agent.decide import (
+    Action,
+    ComputeNext,
+    FetchPlan,
+    MakeVector,
+    ObtainModel,
+    SayConfirm,
+    SayDecline,
+    SayJoin,
+    SayLeave,
+    SayReady,
+    Train,
+    Upload,
+    Withdraw,
+)
+from node_agent.journal import ConfirmRecord, RoundRecord
+from node_agent.launchers.local import LocalLauncher
+from node_agent.rules import Refusal
+from node_agent.site import Site
+from node_agent.spool import DataPaths, Job, job_id, read_job, read_result
+from node_agent.view import RoundSeen, RunSeen
+from protocols.canonical import hash_fields
+from protocols.errors import (
+    CorruptStateError,
+    DigestMismatchError,
+    EquivocationError,
+    FederationError,
+    IntegrityError,
+    MalformedMessageError,
+    NotFoundError,
+    RefusedError,
+    WorkerError,
+)
+from protocols.gen import rounds_pb2
+from protocols.identifiers import Digest, RoundId
+from protocols.outer_optimizers import optimizer_for
+from protocols.plan import Plan
+from protocols.round_vector import round_layout, round_ring
+from protocols.rounds import Released, Training
+from protocols.tensors.manifest import Manifest
+from protocols.upload import UploadHeader
+from protocols.wire import round_ref
+
+logger = logging.getLogger(__name__)
+_KEEP_MODELS = 2
+
+
+@dataclass(slots=True)
+class Transfer:
+    """Bytes on their way, for heartbeats."""
+
+    activity: str
+    done: int = 0
+    total: int = 0
+
+    def move(self, done: int, total: int) -> None:
+        """A progress callback."""
+        self.done, self.total = done, total
+
+
+@dataclass(slots=True, kw_only=True)
+class Actor:
+    """The hands of the agent."""
+
+    site: Site
+    seen: Callable[[RoundId], tuple[RunSeen, RoundSeen]]  # the latest view of a round
+    clock_offset: Callable[[], timedelta]  # coordinator's clock minus ours
+    refuse: Callable[[str, Refusal], None]  # remember, for a while, why a run is refused
+    transfers: dict[RoundId, Transfer] = field(default_factory=dict)
+
+    async def perform(self, action: Action) -> None:
+        """Carry out one action.
+
+        Raises:
+            FederationError: it did not succeed; the next turn decides what to do.
+        """
+        match action:
+            case FetchPlan():
+                await self._fetch_plan(action)
+            case ObtainModel():
+                await self._obtain(action)
+            case SayJoin():
+                await self._join(action)
+            case SayDecline():
+                await self._decline(action.round, action.refusal)
+            case Train():
+                await self._train(action)
+            case Withdraw():
+                await self._withdraw(action)
+            case SayReady():
+                await self._ready(action)
+            case SayLeave():
+                await self._leave(action.round, action.refusal)
+            case MakeVector():
+                await self._make_vector(action)
+            case Upload():
+                await self._upload(action)
+            case ComputeNext():
+                await self._compute(action)
+            case SayConfirm():
+                await self._confirm(action)
+            case _:
+                assert_never(action)
+
+    # -- plan and model --------------------------------------------------------------------------
+
+    async def _fetch_plan(self, action: FetchPlan) -> None:
+        connection, journal = self.site.connection, self.site.journal
+        answer = await connection.ask(
+            lambda c: c.rounds.GetPlan, rounds_pb2.GetPlanRequest(run=action.run)
+        )
+        try:
+            plan = Plan.from_bytes(answer.plan)
+        except MalformedMessageError as error:
+            self.refuse(action.run, Refusal("plan.unreadable", str(error)))
+            return
+        if plan.run != action.run:
+            reason = f"the plan is for run {plan.run}, not for {action.run}"
+            self.refuse(action.run, Refusal("plan.run", reason))
+            return
+        await asyncio.to_thread(journal.add_run, plan)
+
+    async def _obtain(self, action: ObtainModel) -> None:
+        run, current = self.seen(action.round)
+        plan = self._plan(action.round)
+        if current.start.model_root != action.root:
+            raise NotFoundError(f"round {action.round} starts from another model by now")
+        models = self.site.models
+        manifest = await models.manifest(self.site.connection, plan)
+        facts = await asyncio.to_thread(consent.site_facts, self.site.config, self.site.folder.root)
+        buffers = len(optimizer_for(plan.outer).buffer_names)
+        refusal = consent.check_disk(plan, facts, coordinates=manifest.coordinates, buffers=buffers)
+        if refusal is not None:
+            self.refuse(run.run, refusal)
+            return
+        with self._transfer(action.round, "fetching") as transfer:
+            await models.obtain(
+                self.site.connection,
+                plan,
+                current.start,
+                round_=action.round,
+                progress=transfer.move,
+            )
+        await asyncio.to_thread(models.sync, run.run, action.root)
+        logger.info("%s: holds model %s", action.round, action.root[:12])
+
+    # -- statements ------------------------------------------------------------------------------
+
+    async def _join(self, action: SayJoin) -> None:
+        run, current = self.seen(action.round)
+        if current.start.model_root != action.root:
+            raise NotFoundError(f"round {action.round} starts from another model by now")
+        record = await asyncio.to_thread(
+            self.site.journal.add_decision,
+            action.round,
+            index=current.index,
+            start_root=action.root,
+            refusal=None,
+        )
+        if not record.joined:
+            await self._decline(action.round, record.refusal or Refusal("site.unknown", "declined"))
+            return
+        request = rounds_pb2.JoinRequest(
+            round=round_ref(action.round), plan_digest=run.plan_digest, model_root=action.root
+        )
+        await self.site.connection.ask(lambda c: c.rounds.Join, request)
+        logger.info("joined %s", action.round)
+        await asyncio.to_thread(self._tidy, action.round)
+
+    async def _decline(self, round_: RoundId, refusal: Refusal) -> None:
+        _, current = self.seen(round_)
+        record = await asyncio.to_thread(
+            self.site.journal.add_decision,
+            round_,
+            index=current.index,
+            start_root=current.start.model_root,
+            refusal=refusal,
+        )
+        if record.joined:
+            raise EquivocationError(f"round {round_} was joined before")
+        stands = record.refusal or refusal
+        request = rounds_pb2.DeclineRequest(
+            round=round_ref(round_), rule=stands.rule, reason=_short(stands.reason)
+        )
+        await self.site.connection.ask(lambda c: c.rounds.Decline, request)
+        logger.info("declined %s: %s", round_, stands)
+
+    async def _leave(self, round_: RoundId, refusal: Refusal) -> None:
+        journal = self.site.journal
+        if await asyncio.to_thread(journal.round, round_) is not None:
+            await asyncio.to_thread(journal.add_outcome, round_, left=refusal, detail={})
+        request = rounds_pb2.LeaveRequest(
+            round=round_ref(round_), code=refusal.rule, reason=_short(refusal.reason)
+        )
+        await self.site.connection.ask(lambda c: c.rounds.Leave, request)
+        logger.warning("left %s: %s", round_, refusal)
+
+    # -- the local step --------------------------------------------------------------------------
+
+    def _launcher(self, plan: Plan) -> LocalLauncher | None:
+        """Who carries out the local step; None: the agent itself."""
+        return self.site.launchers.get(plan.local_step.kind)
+
+    def _job(self, round_: RoundId, record: RoundRecord, plan: Plan) -> Job:
+        models, config = self.site.models, self.site.config
+        held = models.open(round_.run, record.start_root)
+        seed = hash_fields("minga/job-seed/v1", str(round_).encode(), self.site.node.encode())
+        return Job(
+            id=job_id(round_),
+            run=round_.run,
+            round=round_.number,
+            plan=str(models.plan_path(round_.run)),
+            manifest=str(models.manifest_path(round_.run)),
+            theta=str(held.theta_path),
+            select=plan.selection_in(record.index),
+            data=DataPaths(train=config.data.train, valid=config.data.valid),
+            seed=int.from_bytes(seed[:8], "big") >> 1,
+            threads=config.worker.threads,
+            reset_optimizer=not plan.local_step.keep_optimizer,
+        )
+
+    async def _train(self, action: Train) -> None:
+        record, plan = self._joined(action.round), self._plan(action.round)
+        launcher = self._launcher(plan)
+        if launcher is None:
+            return
+        _, current = self.seen(action.round)
+        phase = current.phase(plan)
+        job = self._job(action.round, record, plan)
+        if isinstance(phase, Training):
+            # By our clock, and early enough to check the update and to say ready.
+            margin = min(60.0, max(2.0, 0.05 * plan.deadlines.train))
+            ends = phase.closes_at - self.clock_offset() - timedelta(seconds=margin)
+            job = job.model_copy(update={"deadline_unix": max(0.0, ends.timestamp())})
+        await asyncio.to_thread(launcher.submit, job)
+        await launcher.tick()
+
+    async def _withdraw(self, action: Withdraw) -> None:
+        launcher = self._launcher(self._plan(action.round))
+        if launcher is not None:
+            launcher.cancel(job_id(action.round))
+
+    def _checked_result(
+        self, round_: RoundId, record: RoundRecord, plan: Plan
+    ) -> dict[str, object]:
+        """Look at everything the worker left; facts for the journal. Blocking."""
+        launcher = self._launcher(plan)
+        if launcher is None:
+            return {"kind": plan.local_step.kind}
+        name, spool = job_id(round_), launcher.spool
+        try:
+            job = read_job(spool.job(name))
+        except FileNotFoundError:
+            raise WorkerError(f"the job {name} is gone") from None
+        if not job.same_work(self._job(round_, record, plan)):
+            launcher.forget(name)
+            raise WorkerError(f"the job {name} in the spool asks for other work")
+        manifest = Manifest.from_bytes(self.site.models.manifest_path(round_.run).read_bytes())
+        try:
+            result = read_result(spool, job, manifest)
+        except MalformedMessageError as error:
+            raise WorkerError(f"the worker's result cannot be read: {error}") from None
+        if result is None:
+            raise WorkerError(f"the worker left no result for {name}")
+        return {
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 3),
+            "norm": result.delta_norm,
+        }
+
+    async def _ready(self, action: SayReady) -> None:
+        round_ = action.round
+        record, plan = self._joined(round_), self._plan(round_)
+        if record.outcome is None:
+            try:
+                facts = await asyncio.to_thread(self._checked_result, round_, record, plan)
+            except FederationError as error:
+                await self._leave(round_, Refusal(error.code, str(error)))
+                return
+            await asyncio.to_thread(self.site.journal.add_outcome, round_, left=None, detail=facts)
+        request = rounds_pb2.ReadyRequest(round=round_ref(round_), model_root=record.start_root)
+        await self.site.connection.ask(lambda c: c.rounds.Ready, request)
+        logger.info("ready for %s", round_)
+
+    # -- the vector ------------------------------------------------------------------------------
+
+    async def _make_vector(self, action: MakeVector) -> None:
+        site, round_ = self.site, action.round
+        if await asyncio.to_thread(site.journal.upload, round_, action.attempt) is not None:
+            return
+        record, plan = self._joined(round_), self._plan(round_)
+        held = site.models.open(round_.run, record.start_root)
+
+        def make() -> None:
+            uploaded = make_contribution(
+                self._local_work(round_, record, plan, held.manifest),
+                terms=Terms(
+                    plan=plan,
+                    node=site.node,
+                    round=round_,
+                    index=record.index,
+                    attempt=action.attempt,
+                    model_root=record.start_root,
+                ),
+                manifest=held.manifest,
+                scales=held.scales(),
+                seed=site.random_bytes(32),
+                signing_key=site.signing_key,
+                uploads=site.folder.uploads,
+                threads=site.config.limits.cpu_threads,
+            )
+            header = UploadHeader.from_bytes(uploaded.header)
+            detail = {"attempt": action.attempt, "root": header.root, "bytes": header.size}
+            site.journal.add_upload(uploaded, detail)
+
+        with self._transfer(round_, "encoding"):
+            await asyncio.to_thread(make)
+
+    def _local_work(
+        self, round_: RoundId, record: RoundRecord, plan: Plan, manifest: Manifest
+    ) -> LocalWork:
+        launcher = self._launcher(plan)
+        if launcher is None:
+            layout = round_layout(plan, record.index, manifest)
+            constant = plan.local_step.synthetic.delta if plan.local_step.synthetic else 0.0
+            return synthetic_work(constant, layout)
+        name = job_id(round_)
+        # Checked when the node said ready; the digest is not computed a second time.
+        return work_of_result(launcher.result(name), launcher.spool.delta(name))
+
+    async def _upload(self, action: Upload) -> None:
+        site, round_ = self.site, action.round
+        record = await asyncio.to_thread(site.journal.upload, round_, action.attempt)
+        if record is None:
+            raise NotFoundError(f"no vector was made for attempt {action.attempt} of {round_}")
+        announcement = Announcement(
+            header=record.header, signature=record.signature, unit_hashes=record.unit_hashes
+        )
+        with self._transfer(round_, "uploading") as transfer:
+            receipt = await upload(
+                site.connection,
+                site.folder.uploads / record.file,
+                announcement,
+                progress=transfer.move,
+            )
+        if receipt != UploadHeader.from_bytes(record.header).receipt:
+            raise DigestMismatchError(f"the receipt for {round_} names another upload")
+        await asyncio.to_thread(site.journal.add_receipt, round_, action.attempt, receipt)
+        logger.info("uploaded %s, attempt %d", round_, action.attempt)
+
+    # -- after the release -----------------------------------------------------------------------
+
+    async def _compute(self, action: ComputeNext) -> None:
+        site, round_ = self.site, action.round
+        if await asyncio.to_thread(site.journal.confirm, round_) is not None:
+            return
+        _, seen = self.seen(round_)
+        plan = self._plan(round_)
+        phase = seen.phase(plan)
+        if not isinstance(phase, Released) or phase.opened is None:
+            raise NotFoundError(f"the sum of round {round_} is not public")
+        models, opened = site.models, phase.opened
+        start = models.open(round_.run, seen.start.model_root)
+        layout = round_layout(plan, seen.index, start.manifest)
+        path = models.sum_path(round_.run, opened.sum)
+        with self._transfer(round_, "fetching the sum") as transfer:
+            await fetch(
+                site.connection,
+                opened.sum,
+                path,
+                size=layout.packed_size(round_ring(plan)),
+                round_=round_,
+                durable=False,
+                progress=transfer.move,
+            )
+        computed, code, detail = None, "", ""
+        try:
+            held, metrics = await asyncio.to_thread(
+                models.compute_next,
+                plan=plan,
+                index=seen.index,
+                start=start,
+                sum_path=path,
+                survivors=len(phase.survivors),
+                threads=site.config.limits.cpu_threads,
+            )
+        except IntegrityError as error:
+            code, detail = error.code, str(error)
+        else:
+            computed = held.snapshot.model_root
+            logger.info("%s: computed model %s, sums %s", round_, computed[:12], dict(metrics))
+            if computed != opened.model_root:
+                code = "model_disagreement"
+                detail = f"computed {computed}, published {opened.model_root}"
+        stop = code
+        if not code:
+            code, detail = await asyncio.to_thread(self._own_part, round_, phase)
+        record = ConfirmRecord(
+            round=round_,
+            sum=opened.sum,
+            published=opened.model_root,
+            computed=computed,
+            objection=code,
+            detail=detail,
+            answered=False,
+        )
+        if stop:
+            await asyncio.to_thread(site.journal.stop_run, round_.run, Refusal(stop, detail))
+        await asyncio.to_thread(site.journal.add_confirm, record)
+        if not stop and computed is not None:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+
+    def _own_part(self, round_: RoundId, phase: Released) -> tuple[str, str]:
+        """Whether this node's own upload is in the sum exactly when it was handed in."""
+        record = self.site.journal.upload(round_, phase.attempt)
+        listed = self.site.node in phase.survivors
+        if record is not None and record.receipt is not None and not listed:
+            return "not_in_sum", f"receipt {record.receipt.hex()} is not among the survivors"
+        if record is None and listed:
+            return "unknown_upload", "this node made no vector for that attempt"
+        return "", ""
+
+    async def _confirm(self, action: SayConfirm) -> None:
+        site = self.site
+        record = await asyncio.to_thread(site.journal.confirm, action.round)
+        if record is None:
+            raise CorruptStateError(f"nothing was computed for round {action.round}")
+        request = rounds_pb2.ConfirmRequest(
+            round=round_ref(action.round),
+            model_root=record.computed or "",
+            objection=record.objection,
+            detail=_short(record.detail),
+        )
+        try:
+            await site.connection.ask(lambda c: c.rounds.Confirm, request)
+        except RefusedError as error:  # it will not be taken another time either
+            detail = {"code": error.code, "reason": str(error)}
+            await asyncio.to_thread(
+                site.journal.note, "confirm refused", detail, round_=action.round
+            )
+        await asyncio.to_thread(site.journal.confirm_answered, action.round)
+        if record.computed is not None and not record.objection:
+            await asyncio.to_thread(site.models.sync, action.round.run, record.computed)
+
+    # -- housekeeping ----------------------------------------------------------------------------
+
+    def _tidy(self, current: RoundId) -> None:
+        """Remove what earlier rounds of this run left; blocking. A stopped run keeps evidence."""
+        site, run = self.site, current.run
+        record = site.journal.run(run)
+        if record is None or record.stopped is not None:
+            return
+        for name, round_ in site.journal.upload_files().items():
+            if round_.run == run and round_.number < current.number:
+                (site.folder.uploads / name).unlink(missing_ok=True)
+        launcher = self._launcher(record.plan)
+        joined = [RoundId(run, n) for n in site.journal.open_rounds(run) if n < current.number]
+        for earlier in joined[-8:] if launcher is not None else []:
+            if launcher is not None:
+                launcher.forget(job_id(earlier))
+        keep: set[Digest] = set()  # this round's model and the one before it
+        for round_ in (current, *reversed(joined)):
+            found = site.journal.round(round_)
+            if found is not None and len(keep) < _KEEP_MODELS:
+                keep.add(found.start_root)
+        site.models.keep_only(run, frozenset(keep))
+
+    def _plan(self, round_: RoundId) -> Plan:
+        record = self.site.journal.run(round_.run)
+        if record is None:
+            raise NotFoundError(f"the plan of run {round_.run} is not known here")
+        return record.plan
+
+    def _joined(self, round_: RoundId) -> RoundRecord:
+        record = self.site.journal.round(round_)
+        if record is None or not record.joined:
+            raise NotFoundError(f"round {round_} was not joined")
+        return record
+
+    def _transfer(self, round_: RoundId, activity: str) -> _Shown:
+        return _Shown(self.transfers, round_, Transfer(activity))
+
+
+@dataclass(slots=True)
+class _Shown:
+    """Shows a transfer in heartbeats while it lasts."""
+
+    shown: dict[RoundId, Transfer]
+    round: RoundId
+    transfer: Transfer
+
+    def __enter__(self) -> Transfer:
+        self.shown[self.round] = self.transfer
+        return self.transfer
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown.get(self.round) is self.transfer:
+            del self.shown[self.round]
+
+
+def _short(text: str) -> str:
+    """One line of at most 400 characters, as the coordinator takes it."""
+    return " ".join(text.split())[:400]

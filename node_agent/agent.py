@@ -1,0 +1,500 @@
+"""The reconcile loop of a node: look, decide, act; again and again, from whatever is there.
+
+    sync      long poll: what the coordinator shows, heartbeats back
+    reconcile for each run: view + journal + worker -> decide -> start what is not under way
+    renew     a new certificate from two thirds of the lifetime on
+
+Nothing is remembered in memory that is needed to go on: SIGKILL at any instant and a restart
+continue with the same bytes. The agent never imports torch; a worker does the training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+from node_agent import consent
+from node_agent.acting import Actor
+from node_agent.client import Backoff
+from node_agent.decide import (
+    Action,
+    Decision,
+    SayDecline,
+    SayJoin,
+    SayLeave,
+    SayReady,
+    Situation,
+    Work,
+    decide,
+)
+from node_agent.enrol import renew, renewal_due
+from node_agent.journal import RoundRecord, RunRecord, UploadRecord
+from node_agent.plan_check import check_plan, check_round
+from node_agent.rules import Refusal
+from node_agent.site import Site
+from node_agent.spool import job_id
+from node_agent.status import NodeStatus, RunStatus, iso, write_status
+from node_agent.view import RoundSeen, RunSeen, View, read_view
+from protocols.errors import (
+    FederationError,
+    IntegrityError,
+    MalformedMessageError,
+    NotEnrolledError,
+    NotFoundError,
+    NotReadyError,
+)
+from protocols.gen import rounds_pb2
+from protocols.identifiers import RoundId, RunId
+from protocols.plan import Plan
+from protocols.wire import round_ref, to_ms
+
+logger = logging.getLogger(__name__)
+IDLE_WAIT_MS: Final = 25_000  # of a Sync while nothing moves
+BUSY_WAIT_MS: Final = 2_000  # while there is progress to report
+TURN_S: Final = 2.0  # between two turns at the latest
+TRAINING_TURN_S: Final = 0.25  # while a worker is at it
+FACTS_S: Final = 10.0  # how long a look at the site's disk is good for
+REFUSED_S: Final = 30.0  # how long a refusal found while acting holds
+DELIVERED_S: Final = 60.0  # then a statement that is still not shown is sent once more
+BUG_S: Final = 30.0  # before an action that failed in an unknown way is tried again
+
+
+def agent_version() -> str:
+    """Version of the installed distribution."""
+    try:
+        return version("minga")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(slots=True)
+class _Failed:
+    """An action that did not succeed: not tried again before a time, or before news."""
+
+    times: int
+    not_before: float  # monotonic seconds
+    version: int | None  # try again as soon as the view has another version; None: time alone
+
+
+@dataclass(slots=True)
+class Agent:
+    """One node at work."""
+
+    site: Site
+    backoff: Backoff = field(default_factory=lambda: Backoff(first_s=0.5, cap_s=30.0))
+    _view: View | None = None
+    _offset: timedelta | None = None
+    _trouble: str = "not connected yet"
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: dict[Action, asyncio.Task[None]] = field(default_factory=dict)
+    _failed: dict[Action, _Failed] = field(default_factory=dict)
+    _delivered: dict[Action, float] = field(default_factory=dict)  # monotonic seconds
+    _refused: dict[str, tuple[float, Refusal]] = field(default_factory=dict)
+    _facts: tuple[float, consent.SiteFacts] | None = None
+    _runs: dict[RunId, RunRecord] = field(default_factory=dict)
+    _why: dict[RunId, str] = field(default_factory=dict)
+    _shown: NodeStatus | None = None
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _actor: Actor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._actor = Actor(
+            site=self.site,
+            seen=self._seen,
+            clock_offset=lambda: self._offset or timedelta(),
+            refuse=self._refuse,
+        )
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work until ``stop`` is called. The folder's lock is held by the caller."""
+        await asyncio.to_thread(self._recover)
+        loops = {
+            asyncio.create_task(self._sync_loop(), name="sync"),
+            asyncio.create_task(self._reconcile_loop(), name="reconcile"),
+            asyncio.create_task(self._renew_loop(), name="renew"),
+        }
+        stopping = asyncio.create_task(self._stopped(), name="stopping")
+        try:
+            done, _ = await asyncio.wait({*loops, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopping}:
+                task.result()  # a loop never ends by itself: raise what ended it
+        finally:
+            await self._close({*loops, stopping})
+
+    def stop(self) -> None:
+        """End the loop; what is under way is given up and goes on after the next start."""
+        self._stopping.set()
+
+    async def _stopped(self) -> None:
+        await self._stopping.wait()
+
+    async def _close(self, tasks: set[asyncio.Task[None]]) -> None:
+        everything = {*tasks, *self._tasks.values()}
+        for task in everything:
+            task.cancel()
+        await asyncio.wait(everything)
+        for launcher in self.site.launchers.values():
+            await launcher.close()
+        await self.site.connection.close()
+        self.site.journal.close()
+
+    def _recover(self) -> None:
+        for launcher in self.site.launchers.values():
+            left = launcher.clear_leftovers()
+            if left is not None:
+                self.site.journal.note("worker", {"reason": left})
+        for dropped in self.site.models.recover():
+            self.site.journal.note("model dropped", {"reason": dropped})
+        for leftover in self.site.folder.uploads.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        detail = {"version": agent_version(), "pid": os.getpid()}
+        self.site.journal.note("start", detail)
+
+    # -- sync ------------------------------------------------------------------------------------
+
+    async def _sync_loop(self) -> None:
+        failures = 0
+        while True:
+            seen = self._view.version if self._view else 0
+            progress = self._progress()
+            wait_ms = BUSY_WAIT_MS if progress else IDLE_WAIT_MS
+            request = rounds_pb2.SyncRequest(
+                seen=seen,
+                wait_ms=wait_ms,
+                progress=progress,
+                agent_version=agent_version(),
+                state="paused" if self._paused() else "running",
+            )
+            connection = self.site.connection
+            try:
+                answer = await connection.call(
+                    connection.rounds.Sync, request, timeout_s=wait_ms / 1000 + 15.0
+                )
+                self._take(read_view(answer))
+                failures = 0
+            except FederationError as error:
+                if failures == 0:
+                    logger.warning("no view of the federation: %s", error.diagnostics())
+                self._trouble = error.diagnostics()
+                later = error.retry_after_s if isinstance(error, NotReadyError) else 5.0
+                delay = self.backoff.delay(failures, self.site.rng, at_least=min(later, 5.0))
+                failures += 1
+                self._wake.set()
+                await asyncio.sleep(min(delay, 2.0) if isinstance(error, NotReadyError) else delay)
+
+    def _take(self, view: View) -> None:
+        self._view = view
+        self._offset = view.now - self.site.now()
+        self._trouble = ""
+        self._wake.set()
+
+    def _progress(self) -> list[rounds_pb2.Progress]:
+        now_ms = to_ms(self.site.now())
+        lines = {
+            round_: rounds_pb2.Progress(
+                round=round_ref(round_),
+                activity=transfer.activity,
+                bytes_done=transfer.done,
+                bytes_total=transfer.total,
+                at_ms=now_ms,
+            )
+            for round_, transfer in list(self._actor.transfers.items())
+        }
+        for launcher in self.site.launchers.values():
+            for round_, job in launcher.under_way():
+                lines.setdefault(
+                    round_,
+                    rounds_pb2.Progress(
+                        round=round_ref(round_),
+                        activity="training",
+                        step=job.step,
+                        max_step=job.max_steps,
+                        tokens=job.tokens,
+                        at_ms=now_ms,
+                    ),
+                )
+        return list(lines.values())
+
+    # -- reconcile -------------------------------------------------------------------------------
+
+    async def _reconcile_loop(self) -> None:
+        while True:
+            self._wake.clear()
+            training = False
+            for launcher in self.site.launchers.values():
+                await launcher.tick()
+                training = training or bool(launcher.under_way())
+            if self._view is not None:
+                for seen in self._view.runs:
+                    self._reconcile(seen)
+            self._show()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TRAINING_TURN_S if training else TURN_S)
+
+    def _reconcile(self, seen: RunSeen) -> None:
+        try:
+            decision = self.decide_about(seen)
+        except FederationError as error:
+            decision = Decision(actions=(), why=error.diagnostics())
+        if self._why.get(seen.run) != decision.why:
+            logger.info("%s: %s", seen.run, decision.why)
+        self._why[seen.run] = decision.why
+        for action in decision.actions:
+            self._start(action)
+
+    def decide_about(self, seen: RunSeen) -> Decision:
+        """Observe one run and decide. Reads the journal and the disk, changes nothing."""
+        return decide(self._observe(seen))
+
+    def _observe(self, seen: RunSeen) -> Situation:
+        site, journal = self.site, self.site.journal
+        known = self._run_record(seen.run)
+        current, last = seen.current, seen.last_released
+        record = journal.round(current.round) if current else None
+        confirm = journal.confirm(last.round) if last else None
+        refusal = self._lasting_refusal(seen.run)
+        work, uploaded = Work(), None
+        if known is not None and current is not None:
+            if record is None and refusal is None and current.raw_phase.name == "Open":
+                refusal = self._consent(known.plan, seen)
+                if refusal is None:
+                    refusal = check_round(known.plan, seen, confirm)
+            if record is not None and record.joined:
+                work = self._work(current.round, known.plan)
+                uploaded = self._uploaded(current, record)
+        return Situation(
+            node=site.node,
+            paused=self._paused(),
+            seen=seen,
+            plan=known.plan if known else None,
+            stopped=known.stopped if known else None,
+            refusal=refusal,
+            record=record,
+            upload=uploaded,
+            confirm=confirm,
+            held=site.models.held(seen.run) if known else frozenset(),
+            delivered=self._recently_delivered(),
+            work=work,
+        )
+
+    def _recently_delivered(self) -> frozenset[Action]:
+        """Statements acknowledged a short while ago: a peer's long poll need not show them yet."""
+        now = self.site.monotonic()
+        self._delivered = {a: at for a, at in self._delivered.items() if now - at < DELIVERED_S}
+        return frozenset(self._delivered)
+
+    def _run_record(self, run: RunId) -> RunRecord | None:
+        """The journal's record; a plan never changes, so it is parsed once."""
+        known = self._runs.get(run)
+        if known is None or known.stopped is None:
+            found = self.site.journal.run(run, known)
+            if found is not None:
+                self._runs[run] = found
+            return found
+        return known
+
+    def _consent(self, plan: Plan, seen: RunSeen) -> Refusal | None:
+        site = self.site
+        refusal = check_plan(
+            plan,
+            said=seen.plan_digest,
+            seen=seen,
+            federation=site.config.federation,
+            node=site.node,
+        )
+        return refusal or consent.check_site(plan, site.config, self._site_facts())
+
+    def _site_facts(self) -> consent.SiteFacts:
+        now = self.site.monotonic()
+        if self._facts is None or now - self._facts[0] > FACTS_S:
+            facts = consent.site_facts(self.site.config, self.site.folder.root)
+            self._facts = (now, facts)
+        return self._facts[1]
+
+    def _work(self, round_: RoundId, plan: Plan) -> Work:
+        launcher = self.site.launchers.get(plan.local_step.kind)
+        if launcher is None:
+            return Work(state="finished")  # the agent makes the update itself
+        return launcher.work(job_id(round_))
+
+    def _uploaded(self, current: RoundSeen, record: RoundRecord) -> UploadRecord | None:
+        if record.outcome != "ready":
+            return None
+        return self.site.journal.upload(current.round, max(1, current.raw_phase.attempt))
+
+    # -- actions ---------------------------------------------------------------------------------
+
+    def _start(self, action: Action) -> None:
+        if action in self._tasks:
+            return
+        failed = self._failed.get(action)
+        if failed is not None:
+            news = self._view is not None and failed.version not in (None, self._view.version)
+            if self.site.monotonic() < failed.not_before and not news:
+                return
+        task = asyncio.create_task(self._carry_out(action), name=type(action).__name__)
+        self._tasks[action] = task
+        task.add_done_callback(lambda _: self._ended(action))
+
+    def _ended(self, action: Action) -> None:
+        self._tasks.pop(action, None)
+        self._wake.set()
+
+    async def _carry_out(self, action: Action) -> None:
+        try:
+            await self._actor.perform(action)
+        except NotReadyError as error:
+            self._postpone(action, error, at_least=error.retry_after_s, await_news=False)
+        except IntegrityError as error:
+            await self._note_failure(action, error)
+            self._postpone(action, error, at_least=REFUSED_S, await_news=False)
+        except FederationError as error:
+            # Mostly: the round has moved on. The next view says what to do instead.
+            self._postpone(action, error, at_least=2.0, await_news=True)
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # a bug must not end the node's other work
+            logger.exception("%s failed", type(action).__name__)
+            self._failed[action] = _Failed(1, self.site.monotonic() + BUG_S, None)
+        else:
+            self._failed.pop(action, None)
+            if isinstance(action, SayJoin | SayDecline | SayReady | SayLeave):
+                self._delivered[action] = self.site.monotonic()
+
+    def _postpone(
+        self, action: Action, error: FederationError, *, at_least: float, await_news: bool
+    ) -> None:
+        before = self._failed.get(action)
+        times = before.times + 1 if before else 1
+        delay = self.backoff.delay(times - 1, self.site.rng, at_least=at_least)
+        seen = self._view.version if self._view and await_news else None
+        self._failed[action] = _Failed(times, self.site.monotonic() + delay, seen)
+        logger.info("%s: %s", type(action).__name__, error.diagnostics())
+        if len(self._failed) > 256:
+            self._failed.pop(next(iter(self._failed)))
+
+    async def _note_failure(self, action: Action, error: FederationError) -> None:
+        round_ = getattr(action, "round", None)
+        detail = {"action": type(action).__name__, "code": error.code, "reason": str(error)}
+        await asyncio.to_thread(self.site.journal.note, "integrity", detail, round_=round_)
+
+    def _seen(self, round_: RoundId) -> tuple[RunSeen, RoundSeen]:
+        """The latest view of a round.
+
+        Raises:
+            NotFoundError: the coordinator does not show it any more.
+        """
+        for run in self._view.runs if self._view else ():
+            for shown in (run.current, run.last_released):
+                if shown is not None and shown.round == round_:
+                    return run, shown
+        raise NotFoundError(f"round {round_} is not shown any more")
+
+    def _refuse(self, run: str, refusal: Refusal) -> None:
+        self._refused[run] = (self.site.monotonic() + REFUSED_S, refusal)
+
+    def _lasting_refusal(self, run: RunId) -> Refusal | None:
+        until, refusal = self._refused.get(run, (0.0, None))
+        return refusal if self.site.monotonic() < until else None
+
+    def _paused(self) -> bool:
+        return self.site.folder.paused.exists()
+
+    # -- certificate -----------------------------------------------------------------------------
+
+    async def _renew_loop(self) -> None:
+        failures = 0
+        due = renewal_due(self.site.keys.tls(), rng=self.site.rng)
+        while True:
+            left = (due - self.site.now()).total_seconds()
+            if left > 0:
+                await asyncio.sleep(min(left, 3600.0))  # the clock may be set meanwhile
+                continue
+            try:
+                identity = await renew(
+                    self.site.keys,
+                    self.site.connection,
+                    node=self.site.node,
+                    federation=self.site.config.federation,
+                )
+            except FederationError as error:
+                logger.warning("the certificate was not renewed: %s", error.diagnostics())
+                delay = self.backoff.delay(failures, self.site.rng, at_least=1.0)
+                failures += 1
+                slow = isinstance(error, NotEnrolledError | MalformedMessageError)
+                await asyncio.sleep(60.0 if slow else delay)
+                continue
+            failures = 0
+            due = renewal_due(identity, rng=self.site.rng)
+            detail = {"until": iso(identity.not_after), "serial": f"{identity.serial:x}"}
+            await asyncio.to_thread(self.site.journal.note, "certificate renewed", detail)
+            logger.info("the certificate was renewed until %s", detail["until"])
+
+    # -- status ----------------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        site, view = self.site, self._view
+        offset = self._offset.total_seconds() if self._offset is not None else None
+        try:
+            until = iso(site.keys.tls().not_after)
+        except FederationError as error:
+            until = str(error)
+        status = NodeStatus(
+            node=site.node,
+            federation=site.config.federation,
+            at=iso(site.now()),
+            pid=os.getpid(),
+            state="paused" if self._paused() else "running",
+            coordinator=site.config.coordinator,
+            connected=not self._trouble,
+            trouble=self._trouble,
+            clock_offset_s=round(offset, 1) if offset is not None else None,
+            certificate_until=until,
+            workers={kind: launcher.state for kind, launcher in site.launchers.items()},
+            runs=tuple(self._run_status(seen) for seen in view.runs) if view else (),
+        )
+        if status != self._shown:
+            self._shown = status
+            with suppress(OSError):  # a full disk must not end the node
+                write_status(site.folder.status, status)
+
+    def _run_status(self, seen: RunSeen) -> RunStatus:
+        known, current = self._runs.get(seen.run), seen.current
+        doing = sorted(
+            type(action).__name__
+            for action in self._tasks
+            if getattr(action, "run", None) == seen.run
+            or getattr(getattr(action, "round", None), "run", None) == seen.run
+        )
+        return RunStatus(
+            run=seen.run,
+            status=seen.status,
+            round=str(current.round) if current else "",
+            phase=current.raw_phase.name if current else "",
+            why=self._why.get(seen.run, ""),
+            doing=tuple(doing),
+            stopped=str(known.stopped) if known and known.stopped else "",
+        )
+
+
+def handle_signals(agent: Agent, on: Callable[[int, Callable[[], None]], None]) -> None:
+    """SIGTERM and SIGINT end the agent politely."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        on(number, agent.stop)
+
+
+async def serve(site: Site) -> None:
+    """Run an agent until a signal ends it. The folder's lock is held by the caller."""
+    agent = Agent(site)
+    handle_signals(agent, asyncio.get_running_loop().add_signal_handler)
+    await agent.run()

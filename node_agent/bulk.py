@@ -1,0 +1,433 @@
+"""Vectors up, blobs down: raw bytes, resumed where they stopped, checked unit by unit.
+
+Up: announce (BeginUpload) -> Append from the durable offset -> FinishUpload -> receipt. After any
+failure the coordinator is asked again how far it got; what is durable there is not sent twice.
+
+Down: DescribeBlob names the 4 MiB units; their tree root must be the blob's name. Fetch streams
+from an offset; a unit is compared with its hash before it is kept. A file grows under the name
+``.<name>.part``; after a crash what lies there is hashed again and only the rest is fetched, so no
+unit needs an fsync of its own. Normative text: protocols/spec/upload.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from node_agent.client import Backoff, Connection, rebuild_error
+from node_agent.spool import sync_folder
+from protocols.errors import (
+    CorruptStateError,
+    DigestMismatchError,
+    MalformedMessageError,
+    NotReadyError,
+    StorageFullError,
+    UnreachableError,
+)
+from protocols.gen import bulk_pb2
+from protocols.identifiers import Digest, RoundId
+from protocols.tensors.sizes import UNIT
+from protocols.tensors.units import digest_of_units, unit_count
+from protocols.tlog.merkle import leaf_hash
+
+MESSAGE: Final = 2**20  # bytes of one raw message
+STALL_S: Final = 120.0  # without a byte accepted or received, a transfer is given up and resumed
+ATTEMPTS: Final = 6  # failures in a row without progress
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Nobody watches."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Bytes moved so far, for the stall watch."""
+
+    moved: int = 0
+
+
+async def _unless_stalled(work: Awaitable[Any], watch: _Watch, *, stall_s: float) -> Any:
+    """Await ``work``; give it up when ``watch`` stands still.
+
+    Raises:
+        UnreachableError: nothing moved for ``stall_s``.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while True:
+            before = watch.moved
+            done, _ = await asyncio.wait({task}, timeout=stall_s)
+            if done:
+                return task.result()
+            if watch.moved == before:
+                raise UnreachableError(f"a transfer stood still for {stall_s:g} s")
+    finally:
+        if not task.done():
+            task.cancel()
+
+
+class _Patience:
+    """Counts failures in a row without progress, and waits between them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._rng = connection.rng
+        self._backoff = Backoff()
+        self._failures = 0
+        self._best = -1
+
+    async def wait(self, error: NotReadyError, at: int) -> None:
+        """Wait, or raise ``error`` when nothing helps.
+
+        Args:
+            error: what happened.
+            at: bytes that are safe; an advance starts the count anew.
+        """
+        if at > self._best:
+            self._best, self._failures = at, 0
+        self._failures += 1
+        if self._failures >= ATTEMPTS:
+            raise error
+        await asyncio.sleep(
+            self._backoff.delay(self._failures - 1, self._rng, at_least=error.retry_after_s)
+        )
+
+
+# -- up ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What BeginUpload says."""
+
+    header: bytes
+    signature: bytes
+    unit_hashes: tuple[bytes, ...]
+
+
+async def upload(
+    connection: Connection,
+    path: Path,
+    announcement: Announcement,
+    *,
+    progress: Progress = _silent,
+    stall_s: float = STALL_S,
+) -> bytes:
+    """Send a file and return its receipt, 32 bytes. Safe to repeat at any time.
+
+    Raises:
+        ConflictingUploadError, WrongPhaseError, NotListedError: as the coordinator said.
+        CorruptStateError: the file is not as long as what was announced.
+        NotReadyError: it failed too often in a row without progress.
+    """
+    request = bulk_pb2.BeginUploadRequest(
+        header=announcement.header,
+        signature=announcement.signature,
+        unit_hashes=announcement.unit_hashes,
+    )
+    patience = _Patience(connection)
+    while True:
+        state = await connection.ask(lambda c: c.bulk.BeginUpload, request)
+        if not state.complete and state.durable < state.total:
+            if _size(path) != state.total:
+                raise CorruptStateError(f"{path} is not the vector that was announced")
+            try:
+                await _append(
+                    connection,
+                    path,
+                    bytes(state.upload_id),
+                    int(state.durable),
+                    int(state.total),
+                    progress=progress,
+                    stall_s=stall_s,
+                )
+            except NotReadyError as error:
+                await patience.wait(error, int(state.durable))
+                continue
+        finish = bulk_pb2.FinishUploadRequest(upload_id=state.upload_id)
+        try:
+            answer = await connection.call(connection.bulk.FinishUpload, finish, timeout_s=120.0)
+        except NotReadyError as error:  # not answered, or it lost what it had not acknowledged
+            await patience.wait(error, int(state.durable))
+            continue
+        progress(int(state.total), int(state.total))
+        return bytes(answer.receipt)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+async def _append(
+    connection: Connection,
+    path: Path,
+    upload_id: bytes,
+    offset: int,
+    total: int,
+    *,
+    progress: Progress,
+    stall_s: float,
+) -> int:
+    """Stream bytes [offset, total) of a file; return the offset that is durable there."""
+    watch = _Watch(offset)
+
+    async def messages() -> AsyncIterator[bytes]:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            at = offset
+            while at < total:
+                data = os.pread(descriptor, min(MESSAGE, total - at), at)
+                if not data:
+                    raise CorruptStateError(f"{path} became shorter while it was sent")
+                yield data
+                at += len(data)
+                watch.moved = at
+                progress(at, total)
+        finally:
+            os.close(descriptor)
+
+    method = connection.channel.stream_unary("/minga.v1.Bulk/Append", None, None)
+    call = method(
+        messages(), metadata=(("minga-upload-bin", upload_id), ("minga-offset", str(offset)))
+    )
+    try:
+        answer = await _unless_stalled(call, watch, stall_s=stall_s)
+    except grpc.aio.AioRpcError as error:
+        raise rebuild_error(error, connection.address) from None
+    except asyncio.CancelledError:
+        if not call.cancelled():  # we are being cancelled, not the call
+            call.cancel()
+            raise
+        raise UnreachableError("the upload was cut off") from None
+    if not isinstance(answer, bytes) or len(answer) != 8:
+        raise MalformedMessageError("Append must answer with an offset of 8 bytes")
+    return int.from_bytes(answer, "big")
+
+
+# -- down ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Blob:
+    digest: Digest
+    size: int
+    hashes: tuple[bytes, ...]
+
+    def unit(self, index: int) -> tuple[int, int]:
+        """First byte of a unit and one past its last."""
+        return index * UNIT, min((index + 1) * UNIT, self.size)
+
+
+async def describe(connection: Connection, digest: Digest, *, size: int | None) -> _Blob:
+    """The units of a blob, shown to be those of its name.
+
+    Args:
+        connection: to the coordinator.
+        digest: name of the blob.
+        size: bytes it must have, where that is known; a wrong size is refused before any byte.
+
+    Raises:
+        DigestMismatchError: the unit hashes are not the blob's, or another size is announced.
+    """
+    request = bulk_pb2.DescribeBlobRequest(digest=bytes.fromhex(digest))
+    info = await connection.ask(lambda c: c.bulk.DescribeBlob, request)
+    hashes = tuple(info.unit_hashes)
+    if (
+        any(len(unit) != 32 for unit in hashes)
+        or unit_count(info.size) != len(hashes)
+        or digest_of_units(hashes) != digest
+    ):
+        raise DigestMismatchError(f"the unit hashes of blob {digest} are not those of its name")
+    if size is not None and info.size != size:
+        raise DigestMismatchError(f"blob {digest} has {info.size} bytes, it must have {size}")
+    return _Blob(digest=digest, size=int(info.size), hashes=hashes)
+
+
+def _good_prefix(descriptor: int, blob: _Blob) -> int:
+    """How many leading units of a partial file are right; the rest is cut off."""
+    length, good = os.fstat(descriptor).st_size, 0
+    for index, wanted in enumerate(blob.hashes):
+        start, stop = blob.unit(index)
+        if stop > length or leaf_hash(os.pread(descriptor, stop - start, start)) != wanted:
+            break
+        good += 1
+    os.ftruncate(descriptor, blob.unit(good)[0] if good < len(blob.hashes) else blob.size)
+    return good
+
+
+def _keep_unit(descriptor: int, blob: _Blob, index: int, parts: list[bytes]) -> None:
+    """Compare a unit with its hash, then write it."""
+    hasher = hashlib.sha256(b"\x00")
+    for part in parts:
+        hasher.update(part)
+    if hasher.digest() != blob.hashes[index]:
+        raise DigestMismatchError(f"unit {index} of blob {blob.digest} is not what its hash says")
+    at = blob.unit(index)[0]
+    try:
+        waiting = [memoryview(part) for part in parts]
+        while waiting:
+            written = os.pwritev(descriptor, waiting, at)
+            at += written
+            while waiting and written >= len(waiting[0]):
+                written -= len(waiting.pop(0))
+            if written:
+                waiting[0] = waiting[0][written:]
+    except OSError as error:
+        raise StorageFullError(f"blob {blob.digest}: {error.strerror}") from None
+
+
+async def fetch(
+    connection: Connection,
+    digest: Digest,
+    path: Path,
+    *,
+    size: int | None = None,
+    round_: RoundId | None = None,
+    durable: bool = True,
+    progress: Progress = _silent,
+    stall_s: float = STALL_S,
+) -> int:
+    """Download a blob into ``path``; return its size in bytes. Resumes what a crash left.
+
+    Args:
+        connection: to the coordinator.
+        digest: name of the blob.
+        path: where it goes; appears only when every unit was checked.
+        size: bytes it must have, where that is known.
+        round_: on whose account the coordinator counts the bytes.
+        durable: whether the file must outlast a power failure.
+        progress: called after every unit.
+        stall_s: seconds without a byte before the stream is started anew.
+
+    Raises:
+        NotFoundError: the coordinator has no such blob.
+        DigestMismatchError: a unit is not what its hash says.
+        NotReadyError: it failed too often in a row without progress.
+    """
+    blob = await describe(connection, digest, size=size)
+    part = path.with_name(f".{path.name}.part")
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        good = await asyncio.to_thread(_good_prefix, descriptor, blob)
+        patience = _Patience(connection)
+        while good < len(blob.hashes):
+            watch = _Watch(blob.unit(good)[0])
+            stream = _stream_units(
+                connection, blob, descriptor, good, watch, progress=progress, round_=round_
+            )
+            try:
+                good = await _unless_stalled(stream, watch, stall_s=stall_s)
+            except NotReadyError as error:
+                good = watch.moved // UNIT  # only whole, checked units moved it
+                await patience.wait(error, watch.moved)
+        if durable:
+            await asyncio.to_thread(os.fdatasync, descriptor)
+    finally:
+        os.close(descriptor)
+    part.replace(path)
+    if durable:
+        await asyncio.to_thread(sync_folder, path.parent)
+    return blob.size
+
+
+async def _stream_units(
+    connection: Connection,
+    blob: _Blob,
+    descriptor: int,
+    first: int,
+    watch: _Watch,
+    *,
+    progress: Progress,
+    round_: RoundId | None,
+) -> int:
+    """Receive units from ``first`` on; a unit is checked while the next one arrives."""
+    method = connection.channel.unary_stream("/minga.v1.Bulk/Fetch", None, None)
+    offset = blob.unit(first)[0]
+    metadata = (("minga-round", str(round_)),) if round_ else ()
+    call = method(bytes.fromhex(blob.digest) + offset.to_bytes(8, "big"), metadata=metadata)
+    parts: list[bytes] = []
+    filled, index = 0, first
+    checking: asyncio.Task[None] | None = None
+
+    async def settle() -> None:
+        nonlocal checking
+        if checking is not None:
+            task, checking = checking, None
+            await task
+            watch.moved = blob.unit(index - 1)[1]
+            progress(watch.moved, blob.size)
+
+    try:
+        async for message in call:
+            taken = 0
+            while taken < len(message):
+                if index >= len(blob.hashes):
+                    raise DigestMismatchError(f"more bytes came than blob {blob.digest} has")
+                start, stop = blob.unit(index)
+                room = stop - start - filled
+                whole = taken == 0 and len(message) <= room  # the usual case: not copied
+                piece = message if whole else message[taken : taken + room]
+                taken += len(piece)
+                parts.append(piece)
+                filled += len(piece)
+                if filled == stop - start:
+                    await settle()
+                    work = asyncio.to_thread(_keep_unit, descriptor, blob, index, parts)
+                    checking = asyncio.ensure_future(work)
+                    parts, filled, index = [], 0, index + 1
+        await settle()
+    except grpc.aio.AioRpcError as error:
+        await settle()
+        raise rebuild_error(error, connection.address) from None
+    finally:
+        if checking is not None:
+            await asyncio.wait({checking})  # the descriptor must outlive its writer
+        call.cancel()
+    if index < len(blob.hashes):
+        raise UnreachableError(f"the download of blob {blob.digest} was cut off")
+    return index
+
+
+async def fetch_bytes(connection: Connection, digest: Digest, *, limit: int) -> bytes:
+    """Download a small blob into memory.
+
+    Raises:
+        DigestMismatchError: larger than ``limit`` bytes, or not what its name says.
+        NotFoundError, NotReadyError: as ``fetch``.
+    """
+    blob = await describe(connection, digest, size=None)
+    if blob.size > limit:
+        raise DigestMismatchError(f"blob {digest} has {blob.size} bytes; at most {limit} are taken")
+    patience = _Patience(connection)
+    while True:
+        method = connection.channel.unary_stream("/minga.v1.Bulk/Fetch", None, None)
+        call = method(bytes.fromhex(digest) + bytes(8), timeout=STALL_S)
+        data = bytearray()
+        try:
+            async for message in call:
+                data += message
+                if len(data) > blob.size:
+                    break
+        except grpc.aio.AioRpcError as failure:
+            error = rebuild_error(failure, connection.address)
+            if not isinstance(error, NotReadyError):
+                raise error from None
+            await patience.wait(error, 0)
+            continue
+        finally:
+            call.cancel()
+        units = [leaf_hash(data[slice(*blob.unit(index))]) for index in range(len(blob.hashes))]
+        if len(data) != blob.size or tuple(units) != blob.hashes:
+            raise DigestMismatchError(f"blob {digest} is not what its name says")
+        return bytes(data)

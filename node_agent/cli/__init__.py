@@ -1,0 +1,206 @@
+"""`minga node …`: join a federation, run the agent, see what it does, find out what is wrong.
+
+A command reads its arguments, calls the library and prints. Facts go to standard output, advice to
+standard error; nothing depends on colour. Libraries are imported inside the commands, so that
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Run the node of one institution.")
+
+Folder = Annotated[
+    Path,
+    typer.Option(
+        "--dir", metavar="DIR", help="The node's folder: config.toml, keys/, journal.sqlite."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")]
+
+
+@app.command()
+def join(
+    folder: Folder,
+    coordinator: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the coordinator serves nodes.")
+    ],
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MINGA_TOKEN",
+            help="The invitation; '-' reads it from standard input, which other users cannot see.",
+        ),
+    ] = None,
+    enrolment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where invitations are taken; default: the coordinator's port plus one.",
+        ),
+    ] = None,
+    data_train: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Training text: file, folder or glob; repeatable."),
+    ] = None,
+    data_valid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Held-out text: file, folder or glob; repeatable."),
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Worker processes, one per GPU.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each worker process.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Use an invitation: make keys here, get a certificate, write config.toml.
+
+    If the answer is lost, repeat the very same command.
+    """
+    from node_agent.cli.joining import JoinRequest, join_folder
+
+    facts = join_folder(
+        JoinRequest(
+            folder=folder,
+            token=_token(token),
+            coordinator=coordinator,
+            enrolment=enrolment,
+            train=tuple(data_train or ()),
+            valid=tuple(data_valid or ()),
+            ranks=ranks,
+            device=device,
+            threads=threads,
+        )
+    )
+    if as_json:
+        _print_json(facts)
+    else:
+        typer.echo(f"{facts['institution']} joined federation {facts['federation']}")
+        typer.echo(f"certificate until {facts['certificate_until']}, keys in {facts['keys']}")
+        typer.echo(f"start the agent with `minga node run --dir {folder}`", err=True)
+
+
+def _token(given: str | None) -> str:
+    if given is None:
+        raise typer.BadParameter("give --token, or set MINGA_TOKEN", param_hint="--token")
+    if given == "-":
+        return sys.stdin.readline()
+    return given
+
+
+@app.command()
+def run(
+    folder: Folder,
+    verbose: Annotated[bool, typer.Option(help="Log every step.")] = False,
+) -> None:
+    """Run the agent until SIGTERM or Ctrl-C."""
+    import asyncio
+    import logging
+    import os
+    from random import SystemRandom
+
+    from node_agent.agent import serve
+    from node_agent.config import NodeFolder, load_config
+    from node_agent.lock import FolderLock
+    from node_agent.site import open_site
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    node = NodeFolder(folder)
+    config = load_config(node)
+
+    async def work() -> None:
+        await serve(open_site(node, config, rng=SystemRandom()))
+
+    with FolderLock(node, pid=os.getpid()):
+        asyncio.run(work())
+
+
+@app.command()
+def status(folder: Folder, as_json: AsJson = False) -> None:
+    """Say what the node is doing and why; works without the coordinator."""
+    from node_agent.cli.showing import node_facts, print_status
+
+    facts = node_facts(folder)
+    if as_json:
+        _print_json(facts)
+    else:
+        print_status(facts)
+
+
+@app.command()
+def pause(folder: Folder, as_json: AsJson = False) -> None:
+    """Decline new rounds; what was joined is finished."""
+    _set_paused(folder, paused=True, as_json=as_json)
+
+
+@app.command()
+def resume(folder: Folder, as_json: AsJson = False) -> None:
+    """Take part again."""
+    _set_paused(folder, paused=False, as_json=as_json)
+
+
+def _set_paused(folder: Path, *, paused: bool, as_json: bool) -> None:
+    from node_agent.config import NodeFolder, load_config
+
+    node = NodeFolder(folder)
+    config = load_config(node)
+    if paused:
+        node.paused.touch()
+    else:
+        node.paused.unlink(missing_ok=True)
+    if as_json:
+        _print_json({"institution": config.institution, "paused": paused})
+    else:
+        typer.echo(f"{config.institution} is {'paused' if paused else 'taking part'}")
+
+
+@app.command()
+def doctor(
+    folder: Folder,
+    worker: Annotated[
+        bool, typer.Option(help="Also start the training worker once (takes seconds).")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look for what keeps the node from taking part, and say what mends it."""
+    from node_agent.cli.showing import print_findings
+    from node_agent.doctor import examine, exit_code
+
+    findings = examine(folder, start_worker=worker)
+    if as_json:
+        _print_json([finding.facts() for finding in findings])
+    else:
+        print_findings(findings)
+    raise typer.Exit(exit_code(findings))
+
+
+@app.command()
+def journal(
+    folder: Folder,
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="Only this run.")] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="Only so many newest lines.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what this node decided, sent and was answered."""
+    from node_agent.cli.showing import journal_facts, print_journal
+
+    facts = journal_facts(folder, run=run, last=last)
+    if as_json:
+        for line in facts:
+            typer.echo(json.dumps(line, ensure_ascii=False))
+    else:
+        print_journal(facts)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))

@@ -1,0 +1,128 @@
+"""What `minga node join` does, apart from reading its arguments."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, get_args
+
+from node_agent.config import (
+    DataConfig,
+    NodeConfig,
+    NodeFolder,
+    WorkerConfig,
+    load_config,
+    parse_address,
+    render_config,
+)
+from node_agent.enrol import Enrolled
+from node_agent.enrol import join as enrol
+from node_agent.keys import KeyStore
+from node_agent.spool import atomic_write
+from node_agent.status import iso
+from protocols.enrolment import Invitation
+from protocols.errors import ConfigurationError, ExistsError, MalformedMessageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinRequest:
+    """The arguments of the command."""
+
+    folder: Path
+    token: str = field(repr=False)
+    coordinator: str
+    enrolment: str | None
+    train: tuple[str, ...]
+    valid: tuple[str, ...]
+    ranks: int
+    device: str
+    threads: int | None
+
+
+def _address(text: str) -> str:
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise MalformedMessageError(str(error)) from None
+
+
+def _next_port(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + 1}"
+
+
+def _worker(request: JoinRequest) -> WorkerConfig:
+    devices = get_args(WorkerConfig.model_fields["device"].annotation)
+    if request.device not in devices:
+        raise MalformedMessageError(f"--device is one of {', '.join(devices)}")
+    return WorkerConfig.model_validate(
+        {"ranks": request.ranks, "device": request.device, "threads": request.threads}
+    )
+
+
+def _check_folder(node: NodeFolder, invitation: Invitation) -> NodeConfig | None:
+    """The configuration that is here already, if the folder is this institution's.
+
+    Raises:
+        ExistsError: the folder is another institution's.
+    """
+    if not node.config.exists():
+        return None
+    config = load_config(node)
+    if config.institution != invitation.institution:
+        raise ExistsError(
+            f"{node.root} belongs to {config.institution}; the invitation is for"
+            f" {invitation.institution}"
+        )
+    return config
+
+
+def join_folder(request: JoinRequest) -> dict[str, Any]:
+    """Join a federation with a folder; safe to repeat.
+
+    A config.toml that is there already is kept as people wrote it, and only completed keys are
+    renewed: joining again after a certificate expired changes nothing else.
+
+    Raises:
+        TokenRefusedError, NotEnrolledError, UnreachableError: as ``enrol.join``.
+        ExistsError: the folder is another institution's.
+    """
+    invitation = Invitation.parse(request.token)
+    coordinator = _address(request.coordinator)
+    enrolment = _address(request.enrolment) if request.enrolment else _next_port(coordinator)
+    worker = _worker(request)
+    node = NodeFolder(request.folder)
+    before = _check_folder(node, invitation)
+    node.make()
+    keys = KeyStore(node.keys)
+    enrolled: Enrolled = asyncio.run(
+        enrol(keys, invitation, enrolment=enrolment, rng=SystemRandom())
+    )
+    if before is None:
+        text = render_config(
+            institution=enrolled.node,
+            federation=enrolled.federation,
+            coordinator=coordinator,
+            enrolment=enrolment,
+            data=DataConfig(
+                train=tuple(str(Path(path).absolute()) for path in request.train),
+                valid=tuple(str(Path(path).absolute()) for path in request.valid),
+            ),
+            worker=worker,
+        )
+        atomic_write(node.config, text.encode())
+    elif before.federation != enrolled.federation:
+        raise ConfigurationError(
+            f"{node.config} names federation {before.federation}, the certificate is of"
+            f" {enrolled.federation}: correct the file"
+        )
+    return {
+        "institution": enrolled.node,
+        "federation": enrolled.federation,
+        "folder": str(request.folder),
+        "keys": str(node.keys),
+        "coordinator": coordinator,
+        "certificate_until": iso(enrolled.identity.not_after),
+    }

@@ -1,0 +1,196 @@
+"""The one connection of a node: outbound, mutual TLS, control calls as protobuf, errors as ours.
+
+The coordinator's certificate must come from the trust anchor of the invitation and name the host
+that was dialled. Node certificates of the same authority name no host, so no member can stand in
+for the coordinator. A renewed certificate gets a new channel; calls under way finish on the old.
+
+Only errors that say "later" (``NotReadyError``, and gRPC's UNAVAILABLE and DEADLINE_EXCEEDED) are
+retried, with exponential backoff and jitter. Every call may be repeated: protocols/proto.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Final, TypeVar
+
+import grpc
+import grpc.aio
+
+from node_agent.keys import TlsIdentity
+from protocols.errors import (
+    FederationError,
+    NotEnrolledError,
+    NotReadyError,
+    RefusedError,
+    TooManyRequestsError,
+    UnreachableError,
+    error_from_code,
+)
+from protocols.gen import (
+    bulk_pb2_grpc,
+    enrolment_pb2_grpc,
+    rounds_pb2_grpc,
+)
+
+T = TypeVar("T")
+MAX_MESSAGE: Final = 8 * 2**20  # bytes: a plan or a list of unit hashes, with room
+KEEPALIVE_MS: Final = 210_000  # middleboxes drop idle connections after 4 minutes
+CALL_TIMEOUT_S: Final = 30.0
+OPTIONS: Final = (
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    # A restarted coordinator is found again within a second, not after gRPC's two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """How long to wait before trying again: exponential, capped, with jitter."""
+
+    first_s: float = 0.25
+    cap_s: float = 20.0
+
+    def delay(self, attempt: int, rng: Random, *, at_least: float = 0.0) -> float:
+        """Seconds before try number ``attempt`` + 1; at least what the other side asked for."""
+        full: float = min(self.cap_s, self.first_s * 2.0 ** min(attempt, 16))
+        return max(at_least, full * rng.uniform(0.5, 1.0))
+
+
+async def retrying(
+    call: Callable[[], Awaitable[T]],
+    *,
+    rng: Random,
+    backoff: Backoff,
+    attempts: int,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> T:
+    """Call until it is answered, refused, or has failed ``attempts`` times.
+
+    Raises:
+        FederationError: refused, an integrity failure, or the last NotReadyError.
+    """
+    for attempt in range(attempts - 1):
+        try:
+            return await call()
+        except NotReadyError as error:
+            await sleep(backoff.delay(attempt, rng, at_least=error.retry_after_s))
+    return await call()
+
+
+_LATER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+def rebuild_error(error: grpc.aio.AioRpcError, address: str) -> FederationError:
+    """A gRPC failure as one of our errors: by its ``minga-code``, else by its status."""
+    metadata = {str(key): value for key, value in (error.trailing_metadata() or ())}
+    sentence = " ".join((error.details() or "").split())[:500]
+    code = metadata.get("minga-code")
+    if isinstance(code, str):
+        details = {
+            key.removeprefix("minga-").replace("-", "_"): value
+            for key, value in metadata.items()
+            if key.startswith("minga-") and isinstance(value, str)
+        }
+        return error_from_code(code, sentence, details)
+    match error.code():
+        case status if status in _LATER:
+            return UnreachableError(f"no answer from {address}: {sentence or error.code().name}")
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return NotEnrolledError(sentence or f"{address} does not know this certificate")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return TooManyRequestsError(sentence or f"{address} takes no more for now")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return RefusedError(f"{address} does not offer this call: is it an older version?")
+        case status:
+            return RefusedError(f"{address} answered {status.name}: {sentence}")
+
+
+def _credentials(identity: TlsIdentity) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(
+        root_certificates=identity.root,
+        private_key=identity.key,
+        certificate_chain=identity.chain,
+    )
+
+
+class Connection:
+    """A channel to the coordinator that can be replaced when the certificate is renewed."""
+
+    def __init__(self, address: str, identity: TlsIdentity, *, rng: Random) -> None:
+        self.address = address
+        self.rng = rng
+        self._closing: set[asyncio.Task[None]] = set()
+        self._open(identity)
+
+    def _open(self, identity: TlsIdentity) -> None:
+        self.channel = grpc.aio.secure_channel(
+            self.address, _credentials(identity), options=list(OPTIONS)
+        )
+        self.rounds: Any = rounds_pb2_grpc.RoundsStub(self.channel)  # type: ignore[no-untyped-call]
+        self.bulk: Any = bulk_pb2_grpc.BulkStub(self.channel)  # type: ignore[no-untyped-call]
+        self.renewal: Any = enrolment_pb2_grpc.RenewalStub(self.channel)  # type: ignore[no-untyped-call]
+
+    def renew(self, identity: TlsIdentity, *, grace_s: float = 60.0) -> None:
+        """Use another certificate from now on; calls under way have ``grace_s`` to finish."""
+        old = self.channel
+        self._open(identity)
+        task = asyncio.get_running_loop().create_task(old.close(grace_s))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Close the channel; calls under way are cancelled."""
+        for task in self._closing:
+            task.cancel()
+        await self.channel.close(None)
+
+    async def call(self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """One control call, once.
+
+        Raises:
+            FederationError: as the coordinator said, or UnreachableError.
+        """
+        try:
+            return await method(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise rebuild_error(error, self.address) from None
+        except grpc.aio.UsageError:
+            # The channel was replaced between reading the stub and calling it.
+            raise UnreachableError("the connection was being renewed", retry_after_s=0.1) from None
+
+    async def ask(
+        self,
+        method: Callable[[Connection], Any],
+        request: Any,
+        *,
+        attempts: int = 4,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Any:
+        """One control call, repeated while the answer is "later".
+
+        Args:
+            method: picks the stub's method, anew for each try: the channel may have been renewed.
+            request: the message.
+            attempts: at most so many tries.
+            timeout_s: of each try.
+
+        Raises:
+            FederationError: as the coordinator said, or UnreachableError.
+        """
+        return await retrying(
+            lambda: self.call(method(self), request, timeout_s=timeout_s),
+            rng=self.rng,
+            backoff=Backoff(),
+            attempts=attempts,
+        )

@@ -1,0 +1,273 @@
+"""The site's configuration file and the paths inside a node's folder.
+
+nodes/<institution>/
+  config.toml      written by `minga node join`, edited by people
+  keys/            tls.pem (key, certificate, chain), signing.pem, root.pem: mode 0600
+  journal.sqlite   what this node decided, sent and was answered
+  spool/           between agent and worker; spool/uploads holds encoded vectors
+  models/          the models this node holds, one folder per run
+  paused           when this file is there, the node declines new rounds
+  status.json      what the agent is doing, for `minga node status`
+  agent.lock       held while an agent works here
+
+institution = "usach"
+federation = "andes"
+coordinator = "minga.example:443"
+enrolment = "minga.example:8444"
+[data]
+train = ["text/train"]             # files, folders or globs; relative to this file
+valid = ["text/valid"]
+[worker]
+ranks = 1
+device = "auto"                    # "auto" | "cpu" | "cuda"
+threads = 4                        # CPU threads of each rank; left out: the library decides
+network_interface = "ib0"          # for NCCL and gloo; left out: they decide
+start_within_s = 300
+hangs_after_s = 120
+[allow]
+local_steps = ["builtin", "synthetic"]
+flower_apps = []                   # "package.module:app", each by name
+[limits]
+cpu_threads = 1                    # for encoding and for the outer step
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from protocols.errors import ConfigurationError
+from protocols.identifiers import (
+    FederationId,
+    NodeId,
+    RunId,
+    parse_federation_id,
+    parse_node_id,
+)
+
+
+def parse_address(value: str) -> str:
+    """Check HOST:PORT; an IPv6 host stands in brackets."""
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"an address is HOST:PORT, got {value!r:.80}")
+    return value
+
+
+Address = Annotated[str, AfterValidator(parse_address)]
+LocalStepKind = Literal["builtin", "flower", "synthetic"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Section):
+    """Where the site's text is."""
+
+    train: tuple[str, ...] = ()
+    valid: tuple[str, ...] = ()
+
+
+class WorkerConfig(_Section):
+    """How the worker is started and when it counts as hung."""
+
+    ranks: int = Field(default=1, ge=1, le=1024)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    network_interface: str | None = Field(default=None, pattern=r"^[\w.:=^,-]{1,60}$")
+    start_within_s: float = Field(default=300.0, gt=0, le=86_400)
+    hangs_after_s: float = Field(default=120.0, gt=0, le=86_400)
+
+
+class AllowConfig(_Section):
+    """What this site is willing to run. It can only narrow what the federation allows."""
+
+    local_steps: tuple[LocalStepKind, ...] = ("builtin", "synthetic")
+    flower_apps: tuple[str, ...] = ()
+
+
+class LimitsConfig(_Section):
+    """What the agent itself may use."""
+
+    cpu_threads: int = Field(default=1, ge=1, le=256)
+
+
+class _File(_Section):
+    institution: Annotated[str, AfterValidator(parse_node_id)]
+    federation: Annotated[str, AfterValidator(parse_federation_id)]
+    coordinator: Address
+    enrolment: Address
+    data: DataConfig = DataConfig()
+    worker: WorkerConfig = WorkerConfig()
+    allow: AllowConfig = AllowConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFolder:
+    """The paths of one node."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """What people write."""
+        return self.root / "config.toml"
+
+    @property
+    def keys(self) -> Path:
+        """Keys and certificates."""
+        return self.root / "keys"
+
+    @property
+    def journal(self) -> Path:
+        """The journal's database."""
+        return self.root / "journal.sqlite"
+
+    @property
+    def spool(self) -> Path:
+        """Shared with the training worker."""
+        return self.root / "spool"
+
+    @property
+    def flower_spool(self) -> Path:
+        """Shared with the Flower host: another process, so another spool."""
+        return self.spool / "flower"
+
+    @property
+    def uploads(self) -> Path:
+        """Encoded vectors on their way out."""
+        return self.spool / "uploads"
+
+    @property
+    def models(self) -> Path:
+        """Models by run and root."""
+        return self.root / "models"
+
+    @property
+    def paused(self) -> Path:
+        """Its presence pauses the node."""
+        return self.root / "paused"
+
+    @property
+    def status(self) -> Path:
+        """Written by the agent, read by `minga node status`."""
+        return self.root / "status.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one agent that works here."""
+        return self.root / "agent.lock"
+
+    def run_models(self, run: RunId) -> Path:
+        """The models of one run."""
+        return self.models / run
+
+    def make(self) -> NodeFolder:
+        """Create the folders; private, because states and updates are derived from the data."""
+        for folder in (self.root, self.keys, self.spool, self.uploads, self.models):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """Everything the agent is told by its site; data paths are absolute."""
+
+    institution: NodeId
+    federation: FederationId
+    coordinator: str  # HOST:PORT
+    enrolment: str  # HOST:PORT
+    data: DataConfig
+    worker: WorkerConfig
+    allow: AllowConfig
+    limits: LimitsConfig
+
+
+def _absolute(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
+    return tuple(str(folder / path) for path in paths)
+
+
+def load_config(folder: NodeFolder) -> NodeConfig:
+    """Read ``config.toml``.
+
+    Raises:
+        ConfigurationError: missing, not TOML, an unknown or wrong key; the sentence names it.
+    """
+    path = folder.config
+    try:
+        raw: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigurationError(f"{path} is missing: make it with `minga node join`") from None
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    try:
+        file = _File.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"{path}: {where}: {reason}") from None
+    base = path.resolve().parent
+    return NodeConfig(
+        institution=NodeId(file.institution),
+        federation=FederationId(file.federation),
+        coordinator=file.coordinator,
+        enrolment=file.enrolment,
+        data=DataConfig(
+            train=_absolute(file.data.train, base), valid=_absolute(file.data.valid, base)
+        ),
+        worker=file.worker,
+        allow=file.allow,
+        limits=file.limits,
+    )
+
+
+def render_config(
+    *,
+    institution: NodeId,
+    federation: FederationId,
+    coordinator: str,
+    enrolment: str,
+    data: DataConfig,
+    worker: WorkerConfig,
+) -> str:
+    """The text of a new ``config.toml``; the optional keys stand there as comments."""
+
+    def text(value: object) -> str:  # a JSON string or list is TOML as well
+        return json.dumps(value, ensure_ascii=False)
+
+    threads = f"threads = {worker.threads}" if worker.threads else "# threads = 4"
+    return f"""\
+institution = {text(institution)}
+federation = {text(federation)}
+coordinator = {text(coordinator)}
+enrolment = {text(enrolment)}
+
+[data]
+# Files, folders or globs; relative to this file.
+train = {text(list(data.train))}
+valid = {text(list(data.valid))}
+
+[worker]
+ranks = {worker.ranks}
+device = {text(worker.device)}  # "auto", "cpu" or "cuda"
+{threads}  # CPU threads of each rank
+# network_interface = "ib0"
+
+[allow]
+# What this site is willing to run. Flower apps are allowed by name.
+local_steps = ["builtin", "synthetic"]
+flower_apps = []
+
+[limits]
+cpu_threads = 1  # for encoding and for the outer step
+"""

@@ -1,0 +1,241 @@
+"""From a finished local step to a signed vector in the spool, ready to be sent.
+
+    worker's delta.f32 + result.json   (or a constant, for plan kind "synthetic")
+      -> norm in float64 -> clip -> weight -> scale, round by chance, pack     protocols.tensors
+      -> spool/uploads/<run>.<round>.<attempt>.bin    temporary name, fsync, rename
+      -> UploadHeader over size and root, signed by this node's key            protocols.upload
+
+The dither is drawn anew for every attempt and used once: what was rounded for one attempt is never
+sent in another. Memory is O(chunk) for each thread, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from node_agent.journal import UploadRecord
+from node_agent.spool import Result, publish
+from protocols.errors import ManifestMismatchError, StorageFullError
+from protocols.identifiers import Digest, NodeId, RoundId
+from protocols.plan import Plan
+from protocols.round_vector import metric_names, round_layout, round_ring
+from protocols.tensors.encode import (
+    check_finite,
+    clip_factor,
+    encode_vector,
+    weight_units,
+)
+from protocols.tensors.layout import VectorLayout
+from protocols.tensors.manifest import Manifest
+from protocols.tensors.metrics import METRIC_BOUND
+from protocols.tensors.scales import Scales
+from protocols.tensors.units import UnitHasher
+from protocols.upload import UploadHeader, sign_header
+
+Delta = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalWork:
+    """What the local step produced, whoever carried it out."""
+
+    delta: Delta = field(repr=False)  # float32, shape [selected coordinates], may be a mapped file
+    tokens: int
+    records: int
+    steps: int
+    loss_nats: float  # summed over tokens
+    seconds: float
+    evaluation: dict[str, tuple[float, int, int]]  # language: (nll in nats, bytes, documents)
+
+
+def work_of_result(result: Result, delta_path: Path) -> LocalWork:
+    """The worker's result, its delta mapped instead of read.
+
+    The bytes were checked against the result when the node said that it is ready.
+    """
+    count = result.delta_coordinates
+    if delta_path.stat().st_size != 4 * count:
+        raise ManifestMismatchError(f"{delta_path.name} does not have {count} coordinates")
+    delta: Delta = (
+        np.memmap(delta_path, dtype="<f4", mode="r", shape=(count,))
+        if count
+        else np.empty(0, np.float32)
+    )
+    return LocalWork(
+        delta=delta,
+        tokens=result.tokens,
+        records=result.records,
+        steps=result.steps,
+        loss_nats=result.loss_nats,
+        seconds=result.seconds,
+        evaluation={
+            line.language: (line.nll_nats, line.bytes, line.documents) for line in result.evaluation
+        },
+    )
+
+
+def synthetic_work(constant: float, layout: VectorLayout) -> LocalWork:
+    """The local step of plan kind "synthetic": every coordinate of the delta is ``constant``.
+
+    The array has stride 0: one number stands for all, nothing is materialised.
+    """
+    delta = np.broadcast_to(np.float32(constant), (layout.model_coordinates,))
+    return LocalWork(
+        delta=delta, tokens=0, records=0, steps=0, loss_nats=0.0, seconds=0.0, evaluation={}
+    )
+
+
+def metrics_of(work: LocalWork, *, weight: int, plan: Plan, index: int) -> dict[str, int]:
+    """The metrics of a round's vector: whole numbers, capped below 2**48.
+
+    A negative loss counts as zero: metrics are not negative. ``clamped`` is filled in by the
+    encoder.
+    """
+
+    def capped(value: float) -> int:
+        return int(min(max(0, round(value)), METRIC_BOUND - 1))
+
+    values = {
+        "weight": weight,
+        "nodes": 1,
+        "tokens": capped(work.tokens),
+        "records": capped(work.records),
+        "steps": capped(work.steps),
+        "loss_micronats": capped(1e6 * work.loss_nats),
+        "train_ms": capped(1e3 * work.seconds),
+        "clamped": 0,
+    }
+    for name in metric_names(plan, index):
+        kind, slash, language = name.partition("/")
+        if not slash:
+            continue
+        nll, size, documents = work.evaluation.get(language, (0.0, 0, 0))
+        values[name] = capped(
+            {"nll_millinats": 1e3 * nll, "bytes": size, "documents": documents}[kind]
+        )
+    return values
+
+
+def update_norm(delta: Delta, layout: VectorLayout) -> float:
+    """The L2 norm of an update, in float64; a constant needs one multiplication.
+
+    Raises:
+        NonFiniteUpdateError, ManifestMismatchError: as ``check_finite``.
+    """
+    if delta.size and delta.strides == (0,) and delta.shape == (layout.model_coordinates,):
+        value = float(delta[0])
+        if math.isfinite(value):
+            return abs(value) * math.sqrt(delta.size)
+    return check_finite(delta, layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a vector is bound to."""
+
+    plan: Plan
+    node: NodeId
+    round: RoundId
+    index: int  # which of the plan's rounds
+    attempt: int
+    model_root: Digest  # what the local step started from
+
+
+def upload_name(round_: RoundId, attempt: int) -> str:
+    """File name of a vector in spool/uploads."""
+    return f"{round_.run}.{round_.number}.{attempt}.bin"
+
+
+def make_contribution(
+    work: LocalWork,
+    *,
+    terms: Terms,
+    manifest: Manifest,
+    scales: Scales,
+    seed: bytes,
+    signing_key: Ed25519PrivateKey,
+    uploads: Path,
+    threads: int = 1,
+) -> UploadRecord:
+    """Encode, spool and sign. The file is durable under its name before this returns.
+
+    Args:
+        work: of the local step.
+        terms: what the vector is bound to.
+        manifest: of the model.
+        scales: of the round's starting model.
+        seed: 32 secret bytes for the dither, fresh for this call and used for nothing else.
+        signing_key: of this node.
+        uploads: the folder of vectors on their way out.
+        threads: chunks encoded at once.
+
+    Raises:
+        NonFiniteUpdateError: NaN or infinity; names the tensor. Nothing was kept.
+        ManifestMismatchError: the update has not the round's coordinates.
+        StorageFullError: no room in the spool.
+    """
+    plan, round_ = terms.plan, terms.round
+    layout, ring = round_layout(plan, terms.index, manifest), round_ring(plan)
+    weight = weight_units(work.tokens, plan.vector.weight_cap_tokens)
+    # A finite norm is also what shows that every coordinate is finite.
+    factor = clip_factor(update_norm(work.delta, layout), plan.vector.clip_norm)
+    name = upload_name(round_, terms.attempt)
+    final, temporary = uploads / name, uploads / f".{name}.tmp"
+    hasher = UnitHasher()
+    try:
+        with temporary.open("wb", buffering=0) as file:
+
+            def keep(chunk: bytes) -> None:
+                hasher.update(chunk)
+                view = memoryview(chunk)
+                while view:
+                    view = view[file.write(view) :]
+
+            encode_vector(
+                work.delta,
+                layout,
+                scales,
+                weight_units=weight,
+                clip_factor=factor,
+                metrics=metrics_of(work, weight=weight, plan=plan, index=terms.index),
+                seed=seed,
+                ring=ring,
+                limit=ring.clamp_limit(len(plan.roster)),
+                sink=keep,
+                threads=threads,
+            )
+            os.fsync(file.fileno())
+        publish(temporary, final)
+    except OSError as error:
+        raise StorageFullError(f"{final}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    header = UploadHeader(
+        federation=plan.federation_id,
+        run=plan.run_id,
+        round=round_.number,
+        attempt=terms.attempt,
+        node=terms.node,
+        plan=plan.digest,
+        model=terms.model_root,
+        coordinates=layout.coordinates,
+        ring=ring.bits,
+        size=hasher.size,
+        root=hasher.digest(),
+    )
+    return UploadRecord(
+        round=round_,
+        attempt=terms.attempt,
+        header=header.to_bytes(),
+        signature=sign_header(signing_key, header),
+        unit_hashes=hasher.hashes(),
+        file=name,
+        receipt=None,
+    )

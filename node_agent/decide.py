@@ -1,0 +1,373 @@
+"""What a node does next about one run: a pure function of what it sees, said and has.
+
+    view (a claim)  +  journal (what this node said)  +  worker (what is done)  ->  actions, why
+
+It reads no clock and does no input or output. Level-based: it looks at states, never at the event
+that woke the loop, so a lost answer, a restart or a skipped turn changes nothing: the next turn
+decides the same again. Carrying out an action twice is harmless; the journal is written before
+anything is sent. `minga node status` prints the reasons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, assert_never
+
+from node_agent.journal import ConfirmRecord, RoundRecord, UploadRecord
+from node_agent.rules import Refusal
+from node_agent.view import RoundSeen, RunSeen
+from protocols.identifiers import Digest, NodeId, RoundId, RunId
+from protocols.plan import Plan
+from protocols.rounds import (
+    Aborted,
+    Burned,
+    Committing,
+    Dealing,
+    Open,
+    Phase,
+    Released,
+    Revealing,
+    Training,
+    Uploading,
+)
+
+# -- what may be done ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """Read the run's plan and keep it."""
+
+    run: RunId
+
+
+@dataclass(frozen=True, slots=True)
+class ObtainModel:
+    """Fetch the model that a round starts from."""
+
+    round: RoundId
+    root: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class SayJoin:
+    """Take part, from this model."""
+
+    round: RoundId
+    root: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class SayDecline:
+    """Do not take part, by a rule."""
+
+    round: RoundId
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Hand the round's job to the worker."""
+
+    round: RoundId
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Stop the round's job: nobody waits for it any more."""
+
+    round: RoundId
+
+
+@dataclass(frozen=True, slots=True)
+class SayReady:
+    """Check what the local step produced and say that it is there."""
+
+    round: RoundId
+
+
+@dataclass(frozen=True, slots=True)
+class SayLeave:
+    """Say that the local step cannot be finished."""
+
+    round: RoundId
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class MakeVector:
+    """Encode, spool and sign the vector of an attempt."""
+
+    round: RoundId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Send the vector and get its receipt."""
+
+    round: RoundId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeNext:
+    """Download the sum, apply the outer step, compare models."""
+
+    round: RoundId
+
+
+@dataclass(frozen=True, slots=True)
+class SayConfirm:
+    """Tell what was computed, or object."""
+
+    round: RoundId
+
+
+Action = (
+    FetchPlan
+    | ObtainModel
+    | SayJoin
+    | SayDecline
+    | Train
+    | Withdraw
+    | SayReady
+    | SayLeave
+    | MakeVector
+    | Upload
+    | ComputeNext
+    | SayConfirm
+)
+
+
+# -- what it rests on ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """How far the local step of the current round is."""
+
+    state: Literal["none", "running", "finished", "failed"] = "none"
+    step: int = 0
+    max_steps: int = 0  # 0: unknown
+    tokens: int = 0
+    refusal: Refusal | None = None  # of "failed": code and sentence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """Everything that one decision about one run rests on."""
+
+    node: NodeId
+    paused: bool
+    seen: RunSeen
+    plan: Plan | None  # journalled, its digest is the one that the run has
+    stopped: Refusal | None  # journalled: this node takes no further part
+    refusal: Refusal | None  # of plan_check and consent, for the current round
+    record: RoundRecord | None  # journalled about the current round
+    upload: UploadRecord | None  # journalled for the current round and attempt
+    confirm: ConfirmRecord | None  # journalled about the last released round
+    held: frozenset[Digest]  # roots of the models on disk
+    delivered: frozenset[Action] = frozenset()  # acknowledged, though the view may not show it yet
+    work: Work = field(default_factory=Work)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What to do now, and one line on why or on what is waited for."""
+
+    actions: tuple[Action, ...]
+    why: str
+
+
+def _wait(why: str) -> Decision:
+    return Decision(actions=(), why=why)
+
+
+def _do(action: Action, why: str) -> Decision:
+    return Decision(actions=(action,), why=why)
+
+
+def decide(s: Situation) -> Decision:
+    """The next actions about one run. They may be carried out at the same time."""
+    if s.plan is None:
+        if s.seen.status != "active":
+            return _wait(f"the run is {s.seen.status}")
+        if s.refusal is not None:  # the plan could be read and is not to be kept
+            return _answer_refusal(s, s.refusal)
+        return _do(FetchPlan(s.seen.run), "reading the plan")
+    after, now = _after_release(s), _current(s, s.plan)
+    if not after.actions:
+        return now
+    return Decision(actions=after.actions + now.actions, why=f"{after.why}; {now.why}")
+
+
+# -- the last released round -----------------------------------------------------------------------
+
+
+def _after_release(s: Situation) -> Decision:
+    last = s.seen.last_released
+    if last is None or not last.opened:
+        return _wait("")
+    if s.confirm is not None:
+        if s.confirm.answered:
+            return _wait("")
+        verb = "objecting to" if s.confirm.objection else "confirming"
+        return _do(SayConfirm(last.round), f"{verb} the model of round {last.round}")
+    if s.stopped is None and last.start.model_root in s.held:
+        return _do(ComputeNext(last.round), f"computing the model after round {last.round}")
+    return _wait("")
+
+
+# -- the current round -----------------------------------------------------------------------------
+
+
+def _current(s: Situation, plan: Plan) -> Decision:
+    current = s.seen.current
+    if s.seen.status != "active" and (current is None or _is_over(current.phase(plan))):
+        return _wait(f"the run is {s.seen.status}")
+    if current is None:
+        return _wait("no round has begun")
+    phase = current.phase(plan)
+    match phase:
+        case Open():
+            return _while_open(s, current, phase)
+        case Training():
+            return _while_training(s, plan, current, phase)
+        case Dealing():
+            return _bystander(s, current, phase.ready, "the shares are being dealt")
+        case Uploading():
+            return _while_uploading(s, current, phase)
+        case Committing():
+            return _bystander(s, current, phase.ready, "the survivor list is being signed")
+        case Revealing():
+            return _bystander(s, current, phase.survivors, "the masks are being taken off")
+        case Released(opened=None):
+            return _wait(f"round {current.round}: the sum is being opened")
+        case Released():
+            return _wait(f"round {current.round} is released; the next one has not begun")
+        case Aborted(reason=reason) | Burned(reason=reason):
+            return _withdraw_or(s, current, f"round {current.round} ended: {reason}")
+        case _:
+            assert_never(phase)
+
+
+def _is_over(phase: Phase) -> bool:
+    return isinstance(phase, Released | Aborted | Burned)
+
+
+def _answer_refusal(s: Situation, refusal: Refusal) -> Decision:
+    """Decline an open round; say nothing about one that is past joining."""
+    current = s.seen.current
+    if current is None or current.raw_phase.name != Open.__name__:
+        return _wait(str(refusal))
+    said = {*current.raw_phase.declined, *current.raw_phase.joined}
+    if s.node in said or SayDecline(current.round, refusal) in s.delivered:
+        return _wait(str(refusal))
+    return _do(SayDecline(current.round, refusal), str(refusal))
+
+
+def _while_open(s: Situation, current: RoundSeen, phase: Open) -> Decision:
+    round_, root = current.round, current.start.model_root
+    if s.record is not None:  # decided before: say the same again until it is known
+        if s.record.joined:
+            if s.node in phase.joined or SayJoin(round_, root) in s.delivered:
+                return _wait(f"round {round_}: joined, waiting for the others")
+            if s.record.start_root != root:
+                return _wait(f"round {round_} was joined from another model: it is not this round")
+            return _do(SayJoin(round_, root), f"joining round {round_}")
+        refusal = s.record.refusal or Refusal("site.unknown", "declined before")
+        if s.node in phase.declined or SayDecline(round_, refusal) in s.delivered:
+            return _wait(f"round {round_}: declined: {refusal}")
+        return _do(SayDecline(round_, refusal), f"declining round {round_}: {refusal}")
+    if s.node in phase.joined or s.node in phase.declined:
+        # The journal was lost or belongs to another node: nothing is known, so nothing is said.
+        return _wait(f"round {round_}: an answer of this node stands that its journal lacks")
+    refused = s.stopped or s.refusal
+    if refused is None and s.paused:
+        refused = Refusal("site.paused", "the site paused its node")
+    if refused is not None:
+        return _do(SayDecline(round_, refused), f"declining round {round_}: {refused}")
+    if root not in s.held:
+        last = s.seen.last_released
+        coming = (
+            last is not None
+            and s.confirm is None
+            and last.start.model_root in s.held
+            and last.following is not None
+            and last.following.model_root == root
+        )
+        if coming:
+            return _wait(f"round {round_}: its model is being computed")
+        return _do(ObtainModel(round_, root), f"round {round_}: fetching its model")
+    return _do(SayJoin(round_, root), f"joining round {round_}")
+
+
+def _while_training(s: Situation, plan: Plan, current: RoundSeen, phase: Training) -> Decision:
+    round_, root = current.round, current.start.model_root
+    if s.node not in phase.cohort:
+        return _withdraw_or(s, current, f"round {round_} trains without this node")
+    if s.node in phase.left:
+        return _withdraw_or(s, current, f"round {round_}: left")
+    record = s.record
+    if record is None or not record.joined or record.start_root != root:
+        lost = Refusal("site.journal", "this node's journal does not know that it joined")
+        return _do(SayLeave(round_, lost), f"leaving round {round_}: {lost}")
+    if record.left is not None:
+        if SayLeave(round_, record.left) in s.delivered:
+            return _wait(f"round {round_}: left: {record.left}")
+        return _do(SayLeave(round_, record.left), f"leaving round {round_}: {record.left}")
+    if record.outcome == "ready":
+        # The attempt of an open sum is known to be the first: encode while the others train.
+        early: tuple[Action, ...] = ()
+        if plan.mode == "open" and s.upload is None:
+            early = (MakeVector(round_, 1),)
+        if s.node in phase.ready or SayReady(round_) in s.delivered:
+            return Decision(actions=early, why=f"round {round_}: ready, waiting for the others")
+        return Decision(actions=(SayReady(round_), *early), why=f"round {round_}: saying ready")
+    if s.stopped is not None:
+        return _do(SayLeave(round_, s.stopped), f"leaving round {round_}: {s.stopped}")
+    if root not in s.held:
+        return _do(ObtainModel(round_, root), f"round {round_}: fetching its model again")
+    return _at_work(s, round_)
+
+
+def _at_work(s: Situation, round_: RoundId) -> Decision:
+    match s.work.state:
+        case "none":
+            return _do(Train(round_), f"round {round_}: starting the local step")
+        case "running":
+            of = f" of {s.work.max_steps}" if s.work.max_steps else ""
+            return _wait(f"round {round_}: training, step {s.work.step}{of}")
+        case "finished":
+            return _do(SayReady(round_), f"round {round_}: the local step is done")
+        case "failed":
+            why = s.work.refusal or Refusal("worker.failed", "the local step failed")
+            return _do(SayLeave(round_, why), f"leaving round {round_}: {why}")
+        case _:
+            assert_never(s.work.state)
+
+
+def _while_uploading(s: Situation, current: RoundSeen, phase: Uploading) -> Decision:
+    round_, attempt = current.round, phase.attempt
+    if s.node not in phase.ready:
+        return _withdraw_or(s, current, f"round {round_} goes on without this node")
+    if s.upload is None or s.upload.attempt != attempt:
+        if s.record is None or s.record.outcome != "ready":
+            return _wait(f"round {round_}: this node's journal does not know that it is ready")
+        return _do(MakeVector(round_, attempt), f"round {round_}: encoding attempt {attempt}")
+    if s.upload.receipt is None:
+        return _do(Upload(round_, attempt), f"round {round_}: uploading attempt {attempt}")
+    return _wait(f"round {round_}: uploaded, waiting for the others")
+
+
+def _bystander(s: Situation, current: RoundSeen, members: frozenset[NodeId], what: str) -> Decision:
+    if s.node in members:
+        return _wait(f"round {current.round}: {what}")
+    return _withdraw_or(s, current, f"round {current.round} goes on without this node")
+
+
+def _withdraw_or(s: Situation, current: RoundSeen, why: str) -> Decision:
+    if s.work.state == "running":
+        return _do(Withdraw(current.round), f"{why}; stopping the local step")
+    return _wait(why)

@@ -1,0 +1,122 @@
+"""How a node gets its certificate, and the next one.
+
+An invitation is one word, ``minga1.<institution>.<secret>.<root certificate>``: the very first
+connection is verified against the root it carries. TLS key and signing key are made here and never
+leave; what is sent is a certificate request, the public signing key, and a proof that binds both to
+the invitation. Until the certificate has arrived the request is kept, so that a repeated join sends
+the same bytes and a lost answer costs nothing. Normative text: protocols/spec/enrolment.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from random import Random
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from node_agent.client import OPTIONS, Backoff, Connection, rebuild_error, retrying
+from node_agent.keys import KeyStore, TlsIdentity, certificate_pem
+from protocols.crypto.signatures import Context, public_bytes, sign
+from protocols.enrolment import Invitation, enrolment_proof_body
+from protocols.errors import NotEnrolledError
+from protocols.gen import enrolment_pb2, enrolment_pb2_grpc
+from protocols.identifiers import FederationId, NodeId, parse_federation_id
+
+RENEW_AFTER = 2 / 3  # of the certificate's lifetime
+_RENEW_SPREAD = 0.1  # of the lifetime: nodes that joined together do not renew together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enrolled:
+    """What a successful join brought."""
+
+    federation: FederationId
+    node: NodeId
+    identity: TlsIdentity
+
+
+async def join(keys: KeyStore, invitation: Invitation, *, enrolment: str, rng: Random) -> Enrolled:
+    """Exchange an invitation for a certificate.
+
+    Args:
+        keys: the node's key store; keys are made the first time.
+        invitation: parsed.
+        enrolment: HOST:PORT of the enrolment service.
+        rng: jitter of retries.
+
+    Raises:
+        TokenRefusedError: used by another request, expired or unknown.
+        NotEnrolledError: the answer is not a certificate for this node.
+        UnreachableError: nobody answers, or the certificate there is not the federation's.
+    """
+    signing_key = keys.make_signing_key()
+    request = keys.request(invitation.institution)
+    root = certificate_pem(invitation.root_der)
+    public = public_bytes(signing_key)
+    token_hash = hashlib.sha256(invitation.secret).digest()
+    message = enrolment_pb2.EnrolRequest(
+        institution=invitation.institution,
+        token_secret=invitation.secret,
+        csr_der=request.csr,
+        signing_key=public,
+        proof=sign(
+            signing_key, Context.ENROLMENT, enrolment_proof_body(token_hash, request.csr, public)
+        ),
+    )
+    credentials = grpc.ssl_channel_credentials(root_certificates=root)
+    async with grpc.aio.secure_channel(enrolment, credentials, options=list(OPTIONS)) as channel:
+        stub: Any = enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
+
+        async def once() -> Any:
+            try:
+                return await stub.Join(message, timeout=30.0)
+            except grpc.aio.AioRpcError as error:
+                raise rebuild_error(error, enrolment) from None
+
+        answer = await retrying(once, rng=rng, backoff=Backoff(), attempts=5)
+    federation = parse_federation_id(answer.federation)
+    identity = keys.accept(
+        request,
+        certificate=answer.certificate_der,
+        issuers=tuple(answer.issuer_der),
+        root=root,
+        node=invitation.institution,
+        federation=federation,
+    )
+    return Enrolled(federation=federation, node=invitation.institution, identity=identity)
+
+
+def renewal_due(identity: TlsIdentity, *, rng: Random) -> datetime:
+    """When to ask for the next certificate: two thirds of the lifetime, and a little chance."""
+    lifetime: timedelta = identity.not_after - identity.not_before
+    return identity.not_before + lifetime * (RENEW_AFTER + rng.uniform(0.0, _RENEW_SPREAD))
+
+
+async def renew(
+    keys: KeyStore, connection: Connection, *, node: NodeId, federation: FederationId
+) -> TlsIdentity:
+    """Get a certificate for a new key, and use it from now on, without a restart.
+
+    Raises:
+        NotEnrolledError: the present certificate is not in force any more: join again.
+        NotReadyError: nobody answers; the present certificate stays in use.
+    """
+    request = keys.request(node)
+    message = enrolment_pb2.RenewRequest(csr_der=request.csr)
+    answer = await connection.ask(lambda c: c.renewal.Renew, message)
+    if answer.federation != federation:
+        raise NotEnrolledError(f"the certificate is of federation {answer.federation!r:.60}")
+    identity = keys.accept(
+        request,
+        certificate=answer.certificate_der,
+        issuers=tuple(answer.issuer_der),
+        root=keys.tls().root,
+        node=node,
+        federation=federation,
+    )
+    connection.renew(identity)
+    return identity

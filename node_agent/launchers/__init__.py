@@ -1,0 +1,1 @@
+"""How a worker comes to run: as a child on this machine."""

@@ -1,0 +1,107 @@
+"""Everything an agent works with, in one value: tests and the command line build it alike."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from random import Random
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from node_agent.client import Connection
+from node_agent.config import NodeConfig, NodeFolder
+from node_agent.journal import Journal
+from node_agent.keys import KeyStore
+from node_agent.launchers.local import (
+    LocalLauncher,
+    flower_command,
+    worker_command,
+    worker_environment,
+)
+from node_agent.models import Models
+from node_agent.spool import Spool
+from protocols.identifiers import NodeId
+
+
+def utc_now() -> datetime:
+    """The machine's clock."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One node's folder, opened."""
+
+    folder: NodeFolder
+    config: NodeConfig
+    keys: KeyStore
+    signing_key: Ed25519PrivateKey = field(repr=False)
+    journal: Journal
+    models: Models
+    connection: Connection
+    launchers: Mapping[str, LocalLauncher]  # by kind of local step
+    rng: Random  # jitter only
+    now: Callable[[], datetime]  # UTC
+    monotonic: Callable[[], float]  # seconds
+    random_bytes: Callable[[int], bytes]  # secret: seeds of the dither
+
+    @property
+    def node(self) -> NodeId:
+        """This node."""
+        return self.config.institution
+
+
+def make_launchers(
+    folder: NodeFolder, config: NodeConfig, *, rng: Random
+) -> dict[str, LocalLauncher]:
+    """The workers of a site: one for training, one for Flower client apps."""
+    environment = worker_environment(config.worker, os.environ)
+    common = {
+        "environment": environment,
+        "start_within_s": config.worker.start_within_s,
+        "hangs_after_s": config.worker.hangs_after_s,
+        "rng": rng,
+    }
+    builtin, flower = Spool(folder.spool.absolute()), Spool(folder.flower_spool.absolute())
+    pid = os.getpid()
+    return {
+        "builtin": LocalLauncher(
+            spool=builtin,
+            command=lambda: worker_command(config.worker, builtin, parent=pid),
+            **common,  # type: ignore[arg-type]
+        ),
+        "flower": LocalLauncher(
+            spool=flower,
+            command=lambda: flower_command(flower, parent=pid),
+            **common,  # type: ignore[arg-type]
+        ),
+    }
+
+
+def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
+    """Open a node's folder; a running event loop is needed for the connection.
+
+    Raises:
+        NotEnrolledError, ConfigurationError: keys are missing or unreadable.
+        CorruptStateError, LedgerBusyError: the journal cannot be used.
+    """
+    folder.make()
+    keys = KeyStore(folder.keys)
+    identity, signing_key = keys.tls(), keys.signing_key()
+    return Site(
+        folder=folder,
+        config=config,
+        keys=keys,
+        signing_key=signing_key,
+        journal=Journal(folder.journal, now=utc_now),
+        models=Models(folder.models.absolute()),
+        connection=Connection(config.coordinator, identity, rng=rng),
+        launchers=make_launchers(folder, config, rng=rng),
+        rng=rng,
+        now=utc_now,
+        monotonic=time.monotonic,
+        random_bytes=os.urandom,
+    )
