@@ -70,11 +70,7 @@ class Leases(Statements):
             The fence, from 1; None while somebody else holds the lease.
         """
         until = to_ms(now + ttl)
-        first = self._write(
-            self._insert(leases)
-            .values(name=name, holder=holder, fence=1, expires_at=until)
-            .on_conflict_do_nothing()
-        )
+        first = self._insert_once(leases, name=name, holder=holder, fence=1, expires_at=until)
         if first:
             return 1
         row = self._one(_TAKE, which=name, who=holder, at=to_ms(now), until=until)

@@ -58,10 +58,11 @@ class People(Statements):
         Raises:
             ExistsError: the hash is known.
         """
-        written = self._write(
-            self._insert(tokens)
-            .values(token_hash=token_hash, institution=institution, expires_at=to_ms(expires_at))
-            .on_conflict_do_nothing()
+        written = self._insert_once(
+            tokens,
+            token_hash=token_hash,
+            institution=institution,
+            expires_at=to_ms(expires_at),
         )
         if not written:
             raise ExistsError("this invitation exists already")
@@ -180,17 +181,14 @@ class People(Statements):
         Raises:
             ExistsError: the serial number is known.
         """
-        written = self._write(
-            self._insert(certificates)
-            .values(
-                serial=f"{serial:x}",
-                spki_sha256=spki_sha256,
-                subject_role=subject_role,
-                subject_name=subject_name,
-                not_after=to_ms(not_after),
-                der=der,
-            )
-            .on_conflict_do_nothing()
+        written = self._insert_once(
+            certificates,
+            serial=f"{serial:x}",
+            spki_sha256=spki_sha256,
+            subject_role=subject_role,
+            subject_name=subject_name,
+            not_after=to_ms(not_after),
+            der=der,
         )
         if not written:
             raise ExistsError(f"a certificate with serial number {serial:x} exists")

@@ -124,18 +124,15 @@ class Rounds(Statements):
             ExistsError: another plan or snapshot was submitted under this name.
         """
         data = plan.to_bytes()
-        written = self._write(
-            self._insert(runs)
-            .values(
-                run_id=plan.run,
-                plan=data,
-                plan_digest=plan.digest,
-                snapshot=snapshot,
-                status="active",
-                why="submitted",
-                submitted_at=to_ms(now),
-            )
-            .on_conflict_do_nothing()
+        written = self._insert_once(
+            runs,
+            run_id=plan.run,
+            plan=data,
+            plan_digest=plan.digest,
+            snapshot=snapshot,
+            status="active",
+            why="submitted",
+            submitted_at=to_ms(now),
         )
         row = self.run(plan.run_id)
         if written:
@@ -220,22 +217,19 @@ class Rounds(Statements):
         Raises:
             ExistsError: the number was used.
         """
-        written = self._write(
-            self._insert(rounds)
-            .values(
-                run_id=round_id.run,
-                number=round_id.number,
-                plan_index=index,
-                phase_name=type(phase).__name__,
-                phase=_phase_text(phase),
-                final=is_final(phase),
-                closes_at=_closes_at(phase),
-                why=why,
-                opened_at=to_ms(now),
-                changed_at=to_ms(now),
-                start_snapshot=start_snapshot,
-            )
-            .on_conflict_do_nothing()
+        written = self._insert_once(
+            rounds,
+            run_id=round_id.run,
+            number=round_id.number,
+            plan_index=index,
+            phase_name=type(phase).__name__,
+            phase=_phase_text(phase),
+            final=is_final(phase),
+            closes_at=_closes_at(phase),
+            why=why,
+            opened_at=to_ms(now),
+            changed_at=to_ms(now),
+            start_snapshot=start_snapshot,
         )
         if not written:
             raise ExistsError(f"round {round_id} exists")
@@ -365,18 +359,15 @@ class Rounds(Statements):
         Raises:
             EquivocationError: it said something else before.
         """
-        written = self._write(
-            self._insert(confirmations)
-            .values(
-                run_id=round_id.run,
-                number=round_id.number,
-                node_id=node,
-                model_root=model_root,
-                objection=objection,
-                detail=detail,
-                received_at=to_ms(now),
-            )
-            .on_conflict_do_nothing()
+        written = self._insert_once(
+            confirmations,
+            run_id=round_id.run,
+            number=round_id.number,
+            node_id=node,
+            model_root=model_root,
+            objection=objection,
+            detail=detail,
+            received_at=to_ms(now),
         )
         if written:
             return True

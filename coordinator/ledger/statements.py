@@ -133,6 +133,15 @@ class Statements:
             return postgresql.insert(table)
         return sqlite.insert(table)
 
+    def _insert_once(self, table: Table, **values: Any) -> bool:
+        """Add a row unless it is there. Returns whether it was added.
+
+        By RETURNING: for an insert, a driver's count of rows is not reliable.
+        """
+        key = next(iter(table.primary_key))
+        statement = self._insert(table).values(**values).on_conflict_do_nothing().returning(key)
+        return self._c.execute(statement).one_or_none() is not None
+
     def _one(self, statement: sa.Executable, **values: Any) -> Any | None:
         return self._c.execute(statement, values).one_or_none()
 

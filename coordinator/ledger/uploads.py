@@ -69,21 +69,18 @@ class Uploads(Statements):
         Raises:
             ExistsError: the node has begun an upload for this attempt; look it up first.
         """
-        written = self._write(
-            self._insert(uploads)
-            .values(
-                upload_id=id,
-                run_id=round_id.run,
-                number=round_id.number,
-                attempt=attempt,
-                node_id=node,
-                header=header,
-                signature=signature,
-                unit_hashes=b"".join(unit_hashes),
-                total=total,
-                began_at=to_ms(now or self.now),
-            )
-            .on_conflict_do_nothing()
+        written = self._insert_once(
+            uploads,
+            upload_id=id,
+            run_id=round_id.run,
+            number=round_id.number,
+            attempt=attempt,
+            node_id=node,
+            header=header,
+            signature=signature,
+            unit_hashes=b"".join(unit_hashes),
+            total=total,
+            began_at=to_ms(now or self.now),
         )
         if not written:
             raise ExistsError(f"{node} has begun an upload for round {round_id} before")
