@@ -26,6 +26,7 @@ from protocols.errors import ConfigurationError, FederationError, exit_status
 # Help and usage errors are plain text: the same on a terminal, in a pipe and in a mail.
 typer.core.HAS_RICH = False
 
+OUR_PACKAGES: Final = ("protocols", "policies", "coordinator", "node_agent", "infra")
 INTERRUPTED: Final = 130  # exit status after Ctrl-C, as shells count it: 128 + SIGINT
 
 
@@ -66,17 +67,25 @@ def load_group(name: str) -> click.Command:
     try:
         module = importlib.import_module(group.module)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in {"protocols", "policies", "coordinator", "node_agent", "infra", ""}:
-            raise
-        raise ConfigurationError(
-            f"`minga {name}` needs the package {missing!r}, which is not installed: "
-            f"pip install 'minga[{group.extra}]'"
-        ) from None
+        raise _lacking(name, error) from None
     command = get_command(module.app)
     command.name = name
     command.help = command.help or group.help
     return command
+
+
+def _lacking(name: str, error: ModuleNotFoundError) -> ModuleNotFoundError | ConfigurationError:
+    """What to install for the group ``name``; the error itself where one of our modules is missing.
+
+    That one is a bug, and says more with its traceback.
+    """
+    missing = (error.name or "").partition(".")[0]
+    if missing in {*OUR_PACKAGES, ""}:
+        return error
+    return ConfigurationError(
+        f"`minga {name}` needs the package {missing!r}, which is not installed: "
+        f"pip install 'minga[{GROUPS[name].extra}]'"
+    )
 
 
 class LazyGroups(TyperGroup):
@@ -92,6 +101,13 @@ class LazyGroups(TyperGroup):
         if group is None:
             return None
         return TyperCommand(name=cmd_name, help=group.help)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; commands import what they need when they are called."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            raise _lacking(str(ctx.invoked_subcommand), error) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -141,13 +141,25 @@ def test_the_base_install_works(base):
     assert base.python("import protocols, policies, infra.cli; print('fine')") == "fine\n"
 
 
-def test_the_base_install_says_what_a_command_lacks(base):
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        ("demo --dir new", "coordinator,node"),
+        ("coordinator init --dir new", "coordinator"),
+        ("coordinator serve --dir new", "coordinator"),
+        ("node run --dir new", "node"),
+        ("node journal --dir new", "node"),
+        ("run list --dir new", "coordinator"),
+    ],
+)
+def test_the_base_install_says_what_a_command_lacks(base, command, extra):
     """One sentence with the command that helps, and the status of a refusal; no traceback."""
-    done = base.run("coordinator", "--help", program="minga")
+    done = base.run(*command.split(), program="minga")
 
-    assert done.returncode == 3
-    assert "pip install 'minga[coordinator]'" in done.stderr
+    assert done.returncode == 3, done.stderr
+    assert f"pip install 'minga[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (base.folder / "new").exists()
 
 
 def test_the_coordinators_install_has_no_training_libraries(coordinator):
