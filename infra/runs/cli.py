@@ -81,7 +81,7 @@ def _client(folder: Path | None, config: Path | None) -> AdminClient:
 
 
 @app.command()
-def submit(  # noqa: PLR0917 - typer calls it by name
+def submit(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan as .toml or .json.")],
     snapshot: Annotated[
         Path,

@@ -98,6 +98,10 @@ class AdminClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel; a call under way in another thread ends with an error."""
         self._channel.close()
 
     def _call(self, method: Callable[..., Any], request: Any, *, timeout_s: float = CALL_S) -> Any:
@@ -217,7 +221,10 @@ class AdminClient:
                 while piece := file.read(MESSAGE):
                     yield piece
 
-        metadata = (("minga-digest", digest), ("minga-offset", str(offset)))
+        metadata = (
+            ("minga-digest-bin", bytes.fromhex(digest)),
+            ("minga-offset", str(offset)),
+        )
         try:
             self._put(pieces(), metadata=metadata)
         except grpc.RpcError as error:

@@ -19,7 +19,6 @@ from protocols.identifiers import RoundId
 from protocols.rounds_codec import from_ms
 from protocols.wire import read_round
 
-FINAL_PHASES: Final = frozenset({"Released", "Aborted", "Burned"})
 ENDED: Final = frozenset({"done", "stopped", "failed"})  # states of a run that never change again
 
 
@@ -84,6 +83,7 @@ class RoundReport:
     sum: str  # digest of the released sum, or empty
     survivors: tuple[str, ...]
     ready: tuple[str, ...]  # who has done what the phase asks for, ascending
+    next_snapshot: bytes | None  # canonical document of the next model, once there is one
 
     @property
     def released(self) -> bool:
@@ -144,8 +144,8 @@ class RunReport:
 
     @property
     def ended(self) -> bool:
-        """Whether the run will open no other round."""
-        return self.status in ENDED
+        """Whether nothing happens any more: no round will be opened, none goes on."""
+        return self.status in ENDED and all(round_.ended for round_ in self.rounds)
 
     @property
     def released(self) -> tuple[RoundReport, ...]:
@@ -232,6 +232,7 @@ def read_round_facts(facts: admin_pb2.RoundFacts) -> RoundReport:
         sum=view.sum,
         survivors=tuple(view.survivors),
         ready=tuple(getattr(view, grown)) if grown else (),
+        next_snapshot=facts.next_snapshot or None,
     )
 
 

@@ -23,7 +23,7 @@ def submit(client: AdminClient, made: Submission, model: InitialModel) -> RunRep
         scales = Path(folder) / "scales"
         scales.write_bytes(made.scales.to_bytes())
         _put(client, scales, made.snapshot.scales)
-        client.put(model.manifest_path)
+        _put(client, model.manifest_path, model.manifest.digest)
         _put(client, model.theta_path, made.snapshot.theta)
     return client.submit(made.plan.to_bytes(), made.snapshot.to_bytes())
 

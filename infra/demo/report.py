@@ -1,0 +1,160 @@
+"""The end of a demonstration: what was learned and moved, and what protected whom.
+
+The same facts are printed as tables and written to ``report/summary.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.text import Text
+
+from infra.demo.faults import Struck
+from infra.demo.settings import Settings
+from infra.demo.sites import SiteText
+from infra.runs.facts import RunReport, human_bytes, run_to_json, sparkline
+from infra.runs.show import (
+    cells,
+    figure,
+    learning_table,
+    phases_table,
+    seconds_by_phase,
+    table,
+    traffic_of,
+)
+
+SCHEMA: Final = "minga.demo-summary/1"
+
+_OPEN: Final = (
+    "Mode OPEN: this run is NOT PRIVATE. The text never left its site's folder, but each site's "
+    "update travelled unmasked: the coordinator could look at every one of them, and an update "
+    "can betray text. A site's rules should allow this mode for public data only. What did "
+    "protect: mutual TLS and one-time invitations decide who may speak; an upload has a signed "
+    "header and counts once, whatever crashes; sums are whole numbers, so they are exact; and "
+    "every node computed the next model itself from the published sum and compared. The adding "
+    "itself is the coordinator's word in this mode."
+)
+MODES: Final[Mapping[str, tuple[bool, str]]] = {"open": (False, _OPEN)}  # private?, in words
+
+MEANING: Final = (
+    "Bits per byte: how many bits the model needs for one byte of held-out text, text that no "
+    "site trained on. A model that knows nothing needs 8; less is better. Figures are sums over "
+    "all sites, opened together with the model's sum: no site's loss was seen alone."
+)
+
+
+def learning_facts(run: RunReport) -> dict[str, Any]:
+    """Bits per byte of the first and the last model, by language and over all."""
+
+    def change(points: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
+        if not points:
+            return None
+        before, after = points[0][1], points[-1][1]
+        return {
+            "before": round(before, 6),
+            "after": round(after, 6),
+            "change_percent": round(100 * (after - before) / before, 2) if before else None,
+            "training_rounds": points[-1][0] - points[0][0],
+            "by_round": [round(value, 6) for _, value in points],
+        }
+
+    facts = {language: change(run.learning(language)) for language in run.languages()}
+    return {"all": change(run.learning()), "languages": facts}
+
+
+def learned(run: RunReport) -> bool:
+    """Whether the last model needs fewer bits per byte than the first, over all languages."""
+    points = run.learning()
+    return len(points) > 1 and points[-1][1] < points[0][1]
+
+
+def summary(
+    *,
+    run: RunReport,
+    settings: Settings,
+    texts: Sequence[SiteText],
+    struck: Sequence[Struck],
+    seconds: float,
+) -> dict[str, Any]:
+    """All facts as one JSON value."""
+    phases: dict[str, float] = {}
+    for round_ in run.rounds:
+        for phase, spent in seconds_by_phase(round_).items():
+            phases[phase] = round(phases.get(phase, 0.0) + spent, 3)
+    private, words = MODES[settings.mode]
+    return {
+        "schema": SCHEMA,
+        "mode": {"name": settings.mode, "private": private, "meaning": words},
+        "settings": asdict(settings),
+        "seconds": round(seconds, 1),
+        "learned": learned(run),
+        "bits_per_byte": learning_facts(run),
+        "bits_per_byte_meaning": MEANING,
+        "traffic": {
+            node: {"bytes_up": entry.up, "bytes_down": entry.down}
+            for node, entry in traffic_of(run.rounds).items()
+        },
+        "seconds_by_phase": phases,
+        "sites": [
+            {
+                "site": text.site,
+                "documents": text.documents,
+                "text_bytes": text.text_bytes,
+                "lines_without_text": text.left_out,
+                "held_out_languages": sorted(text.languages),
+                "training_processes": settings.ranks(text.site),
+            }
+            for text in texts
+        ],
+        "kills": [entry.to_json() for entry in struck],
+        "run": run_to_json(run),
+    }
+
+
+def write_summary(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """Write ``report/summary.json``."""
+    path = folder / "report" / "summary.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def print_end(console: Console, run: RunReport, settings: Settings) -> None:
+    """Tables and plain words."""
+    learning = learning_table(run)
+    if learning is not None:
+        console.print(learning)
+        console.print(_before_after(run))
+    console.print(phases_table(run.rounds))
+    made = table("Bytes over the whole run", ("site", "up", "down"))
+    for node, entry in traffic_of(run.rounds).items():
+        made.add_row(*cells(node, human_bytes(entry.up), human_bytes(entry.down)))
+    console.print(made)
+    console.print(Text(MEANING), soft_wrap=False)
+    console.print()
+    console.print(Text(MODES[settings.mode][1], style="bold"), soft_wrap=False)
+    console.print()
+
+
+def _before_after(run: RunReport) -> Any:
+    made = table(
+        "Held-out bits per byte, before and after",
+        ("language", "before", "after", "change", "by round"),
+    )
+    rows = [(language, run.learning(language)) for language in run.languages()]
+    for name, points in [*rows, ("all", run.learning())]:
+        if not points:
+            continue
+        before, after = points[0][1], points[-1][1]
+        change = f"{100 * (after - before) / before:+.1f} %" if before else "-"
+        line = sparkline([value for _, value in points])
+        made.add_row(*cells(name, figure(before, 3), figure(after, 3), change, line))
+    return made

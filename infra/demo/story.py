@@ -1,0 +1,333 @@
+"""The course of a demonstration, from an empty folder to the last table.
+
+    folder -> coordinator -> invitations -> nodes -> text -> first model -> plan -> run -> report
+
+Each step looks whether its result is there already, so a demonstration that was interrupted goes
+on where it was. Whatever happens, every process that was started is stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+
+from infra.demo.faults import Striker, Struck
+from infra.demo.federation import Federation
+from infra.demo.follow import Entry, History, follow
+from infra.demo.processes import Household
+from infra.demo.report import MODES, learned, print_end, summary, write_summary
+from infra.demo.settings import Settings, claim_folder, write_settings
+from infra.demo.sites import SiteText, choose_sites, copy_text, find_sites
+from infra.demo.training import MODEL, ROUNDS, RUN, demo_plan
+from infra.demo.view import View
+from infra.runs.client import AdminClient
+from infra.runs.facts import RunReport
+from infra.runs.plan_file import (
+    Submission,
+    complete_plan,
+    federation_of,
+    read_initial_model,
+)
+from infra.runs.submission import submit
+from protocols.errors import NotFoundError, NotReadyError
+from protocols.identifiers import Digest, NodeId, RunId
+from protocols.tensors.snapshot import Snapshot
+
+FEDERATION: Final = "demo"
+DEFAULT_SITES: Final = 4
+
+
+class RunFailedError(NotReadyError):
+    """The run ended without all of its rounds; the sentence says why."""
+
+    code = "run_failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    folder: Path
+    data: Path
+    sites: str | None
+    rounds: int | None
+    mode: str
+    two_ranks: int
+    port: int
+    resume: bool
+    keep: bool
+    kill_node: str | None  # phase
+    kill_coordinator: str | None  # phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a demonstration ended."""
+
+    run: RunReport
+    struck: tuple[Struck, ...]
+    summary: Path
+
+
+def run_demo(request: Request, console: Console) -> Outcome:
+    """Run a demonstration to its end.
+
+    Raises:
+        ExistsError, NotFoundError, ConfigurationError: the folder or the options; nothing began.
+        ChildDiedError: a process ended by itself.
+        RunFailedError: the run did not come to its end.
+        KeyboardInterrupt: stopped by a person; everything was stopped in order.
+    """
+    folder = request.folder.resolve()
+    settings = claim_folder(folder, resume=request.resume)
+    if settings is None:
+        settings = _new_settings(request)
+        write_settings(folder, settings)
+    with _stoppable(), Household(folder) as household:
+        if request.resume and household.end_leftovers():
+            console.print("ended processes that an earlier demonstration had left")
+        federation = Federation(folder=folder, household=household)
+        view = View(console, federation, settings.sites)
+        view.say(f"{len(settings.sites)} sites: {', '.join(settings.sites)}; mode {settings.mode}")
+        if not MODES[settings.mode][0]:
+            view.say("this mode is NOT private: single updates are visible to the coordinator")
+        return _play(request, settings, federation, view, console)
+
+
+def _play(
+    request: Request, settings: Settings, federation: Federation, view: View, console: Console
+) -> Outcome:
+    texts = _copy_texts(settings, federation, view)
+    if not federation.initialised:
+        federation.initialise(name=FEDERATION, port=request.port)
+    federation.start_coordinator()
+    _make_first_model(federation)
+    with federation.client() as client:
+        federation.wait_until_serving(client)
+        view.say(f"coordinator serves on {federation.operator().address}, mutual TLS")
+        for site in settings.sites:
+            if not federation.joined(site):
+                federation.join(site, client.invite(site), ranks=settings.ranks(site))
+                view.say(f"{site} joined by a one-time invitation")
+        _submit(settings, texts, federation, client, view)
+        for site in settings.sites:
+            federation.start_node(site)
+        strikers = _strikers(request, settings, federation)
+        with view:
+            run = _follow(client, federation, view, strikers)
+        struck = tuple(entry.struck for entry in strikers if entry.struck is not None)
+        facts = summary(
+            run=run, settings=settings, texts=texts, struck=struck, seconds=view.elapsed_s
+        )
+        path = write_summary(federation.folder, facts)
+        if run.status != "done":
+            raise RunFailedError(f"run {run.run} {run.status}: {_last_words(run)}")
+        _export(run, federation, client)
+        print_end(console, run, settings)
+        _say_end(run, settings, path, federation, view)
+        if request.keep:
+            _keep(federation, view)
+    return Outcome(run=run, struck=struck, summary=path)
+
+
+# -- steps ---------------------------------------------------------------------------------------
+
+
+def _new_settings(request: Request) -> Settings:
+    found = find_sites(request.data)
+    chosen = choose_sites(found, request.sites, most=DEFAULT_SITES)
+    return Settings(
+        sites=tuple(str(item.site) for item in chosen),
+        rounds=request.rounds or ROUNDS,
+        mode=request.mode,
+        two_ranks=min(request.two_ranks, len(chosen)),
+        data=str(request.data.resolve()),
+    )
+
+
+def _copy_texts(settings: Settings, federation: Federation, view: View) -> list[SiteText]:
+    """Each site gets its text into its own folder; the facts about it stay beside it."""
+    sources = {str(item.site): item for item in find_sites(Path(settings.data))}
+    texts = []
+    for site in settings.sites:
+        if site not in sources:
+            raise NotFoundError(f"{settings.data} no longer holds the site {site}")
+        text = copy_text(sources[site], federation.data_folder(site))
+        left_out = f", {text.left_out} lines without a text left out" if text.left_out else ""
+        view.say(
+            f"{site}: {text.documents} documents, {text.text_bytes} bytes of text in "
+            f"{federation.data_folder(site).relative_to(federation.folder)}{left_out}"
+        )
+        texts.append(text)
+    return texts
+
+
+def _make_first_model(federation: Federation) -> None:
+    start = federation.folder / "start"
+    if (start / "manifest.json").exists():
+        return
+    start.mkdir(exist_ok=True)
+    (start / "model.json").write_text(json.dumps({"model": MODEL}, indent=2) + "\n")
+    federation.household.run(
+        "first model",
+        federation.household.python(
+            "node_agent.worker.init_model",
+            "--plan",
+            str(start / "model.json"),
+            "--out",
+            str(start),
+        ),
+        log=start / "diagnostics.log",
+    )
+
+
+def _submit(
+    settings: Settings,
+    texts: Sequence[SiteText],
+    federation: Federation,
+    client: AdminClient,
+    view: View,
+) -> None:
+    """Submit the plan; again after an interruption, which is harmless."""
+    start = federation.folder / "start"
+    written = demo_plan(
+        sites=[NodeId(site) for site in settings.sites],
+        languages=sorted(set[str]().union(*(text.languages for text in texts))),
+        rounds=settings.rounds,
+        mode=settings.mode,
+    )
+    model = read_initial_model(start)
+    made: Submission = complete_plan(
+        written, model, federation_of(federation.operator().certificate)
+    )
+    (start / "plan.json").write_bytes(made.plan.to_bytes())
+    submit(client, made, model)
+    view.say(
+        f"run {RUN}: {model.manifest.coordinates} parameters, {settings.rounds} rounds of training"
+        f", plan {made.plan.digest[:12]}…"
+    )
+
+
+def _strikers(request: Request, settings: Settings, federation: Federation) -> list[Striker]:
+    first = 1 if settings.rounds > 1 else 0  # one undisturbed round first, where there are several
+    made = []
+    if request.kill_node is not None:
+        phase = request.kill_node.capitalize()
+        made.append(
+            Striker(
+                federation,
+                target="node",
+                phase=phase,
+                sites=settings.sites,
+                from_number=first,
+            )
+        )
+    if request.kill_coordinator is not None:
+        phase = request.kill_coordinator.capitalize()
+        # After the node's kill, so that each can be told from the other.
+        number = first + len(made)
+        made.append(
+            Striker(
+                federation,
+                target="coordinator",
+                phase=phase,
+                sites=settings.sites,
+                from_number=number,
+            )
+        )
+    return made
+
+
+def _follow(
+    client: AdminClient, federation: Federation, view: View, strikers: Sequence[Striker]
+) -> RunReport:
+    last: RunReport | None = None
+
+    def on_entry(entry: Entry) -> None:
+        for striker in strikers:
+            struck = striker.on_entry(entry, client)
+            if struck is not None:
+                view.say(struck.killed_line())
+                view.say(f"{struck.name} started again after {_between(struck):.1f} s")
+
+    with History(federation.client, RunId(RUN)) as history:
+        for report in follow(
+            client,
+            RunId(RUN),
+            history,
+            check=federation.household.check,
+            on_entry=on_entry,
+        ):
+            last = report
+            view.report(report)
+            for striker in strikers:
+                struck = striker.on_report(report)
+                if struck is not None:
+                    view.say(struck.went_on_line())
+    if last is None:
+        raise AssertionError("following ends with a report")
+    return last
+
+
+def _between(struck: Struck) -> float:
+    return struck.restarted_at - struck.killed_at
+
+
+def _last_words(run: RunReport) -> str:
+    return run.current.why if run.current is not None else "no round was opened"
+
+
+def _export(run: RunReport, federation: Federation, client: AdminClient) -> None:
+    """The learned model as files: what every node holds too."""
+    folder = federation.folder / "model"
+    final = run.released[-1].next_snapshot
+    if final is None:
+        return
+    folder.mkdir(exist_ok=True)
+    snapshot = Snapshot.from_bytes(final)
+    (folder / "snapshot.json").write_bytes(final)
+    (folder / "config.json").write_text(json.dumps(MODEL, indent=2) + "\n")
+    client.fetch(Digest(snapshot.theta), folder / "theta.f32")
+    client.fetch(Digest(snapshot.manifest), folder / "manifest.json")
+
+
+def _say_end(
+    run: RunReport, settings: Settings, path: Path, federation: Federation, view: View
+) -> None:
+    if learned(run):
+        view.say("the federation learned: fewer bits per byte on text that no site trained on")
+    else:
+        view.say("the federation did not learn on the held-out text; look at the table above")
+    relative = path.relative_to(federation.folder)
+    view.say(f"facts: {relative}; model: model/; both in {federation.folder}")
+
+
+def _keep(federation: Federation, view: View) -> None:
+    view.say(f"still running; ask it: minga run show {RUN} --dir {federation.folder}")
+    view.say("Ctrl-C stops everything")
+    while True:
+        federation.household.check()
+        time.sleep(0.5)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the demonstration as Ctrl-C does: in order."""
+
+    def told(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
