@@ -39,6 +39,7 @@ from node_agent.decide import (
 )
 from node_agent.journal import ConfirmRecord, RoundRecord
 from node_agent.launchers.local import LocalLauncher
+from node_agent.plan_check import check_plan
 from node_agent.rules import Refusal
 from node_agent.site import Site
 from node_agent.spool import DataPaths, Job, job_id, read_job, read_result
@@ -56,7 +57,7 @@ from protocols.errors import (
     WorkerError,
 )
 from protocols.gen import rounds_pb2
-from protocols.identifiers import Digest, RoundId
+from protocols.identifiers import Digest, RoundId, RunId
 from protocols.outer_optimizers import optimizer_for
 from protocols.plan import Plan
 from protocols.round_vector import round_layout, round_ring
@@ -67,6 +68,7 @@ from protocols.wire import round_ref
 
 logger = logging.getLogger(__name__)
 _KEEP_MODELS = 2
+_TIDY_JOBS = 8  # earlier rounds whose jobs are looked for: older ones were removed before
 
 
 @dataclass(slots=True)
@@ -87,6 +89,7 @@ class Actor:
     """The hands of the agent."""
 
     site: Site
+    run_seen: Callable[[RunId], RunSeen]  # the latest view of a run
     seen: Callable[[RoundId], tuple[RunSeen, RoundSeen]]  # the latest view of a round
     clock_offset: Callable[[], timedelta]  # coordinator's clock minus ours
     refuse: Callable[[str, Refusal], None]  # remember, for a while, why a run is refused
@@ -138,9 +141,16 @@ class Actor:
         except MalformedMessageError as error:
             self.refuse(action.run, Refusal("plan.unreadable", str(error)))
             return
-        if plan.run != action.run:
-            reason = f"the plan is for run {plan.run}, not for {action.run}"
-            self.refuse(action.run, Refusal("plan.run", reason))
+        seen = self.run_seen(action.run)
+        refusal = check_plan(
+            plan,
+            said=seen.plan_digest,
+            seen=seen,
+            federation=self.site.config.federation,
+            node=self.site.node,
+        )
+        if refusal is not None and refusal.rule in ("plan.digest", "plan.run"):
+            self.refuse(action.run, refusal)  # not this run's plan: not kept
             return
         await asyncio.to_thread(journal.add_run, plan)
 
@@ -189,7 +199,7 @@ class Actor:
         )
         await self.site.connection.ask(lambda c: c.rounds.Join, request)
         logger.info("joined %s", action.round)
-        await asyncio.to_thread(self._tidy, action.round)
+        await asyncio.to_thread(self._tidy, action.round, current=True)
 
     async def _decline(self, round_: RoundId, refusal: Refusal) -> None:
         _, current = self.seen(round_)
@@ -466,26 +476,35 @@ class Actor:
         await asyncio.to_thread(site.journal.confirm_answered, action.round)
         if record.computed is not None and not record.objection:
             await asyncio.to_thread(site.models.sync, action.round.run, record.computed)
+        await asyncio.to_thread(self._tidy, action.round, current=False)
 
     # -- housekeeping ----------------------------------------------------------------------------
 
-    def _tidy(self, current: RoundId) -> None:
-        """Remove what earlier rounds of this run left; blocking. A stopped run keeps evidence."""
-        site, run = self.site, current.run
+    def _tidy(self, round_: RoundId, *, current: bool) -> None:
+        """Remove what rounds that are over left behind. Blocking. A stopped run keeps evidence.
+
+        Args:
+            round_: a round of the run.
+            current: whether it is under way (it was joined), or over (it was confirmed).
+        """
+        site, run = self.site, round_.run
         record = site.journal.run(run)
         if record is None or record.stopped is not None:
             return
-        for name, round_ in site.journal.upload_files().items():
-            if round_.run == run and round_.number < current.number:
+        end = round_.number if current else round_.number + 1
+        for name, of in site.journal.upload_files(run).items():
+            if of.number < end:
                 (site.folder.uploads / name).unlink(missing_ok=True)
         launcher = self._launcher(record.plan)
-        joined = [RoundId(run, n) for n in site.journal.open_rounds(run) if n < current.number]
-        for earlier in joined[-8:] if launcher is not None else []:
-            if launcher is not None:
-                launcher.forget(job_id(earlier))
+        joined = [RoundId(run, n) for n in site.journal.open_rounds(run)]
+        if launcher is not None:
+            for over in [earlier for earlier in joined if earlier.number < end][-_TIDY_JOBS:]:
+                launcher.forget(job_id(over))
+        if not current:
+            return  # the model that was just computed has no round of its own yet
         keep: set[Digest] = set()  # this round's model and the one before it
-        for round_ in (current, *reversed(joined)):
-            found = site.journal.round(round_)
+        for known in reversed([earlier for earlier in joined if earlier.number <= round_.number]):
+            found = site.journal.round(known)
             if found is not None and len(keep) < _KEEP_MODELS:
                 keep.add(found.start_root)
         site.models.keep_only(run, frozenset(keep))

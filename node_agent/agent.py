@@ -37,6 +37,7 @@ from node_agent.decide import (
 )
 from node_agent.enrol import renew, renewal_due
 from node_agent.journal import RoundRecord, RunRecord, UploadRecord
+from node_agent.keys import TlsIdentity
 from node_agent.plan_check import check_plan, check_round
 from node_agent.rules import Refusal
 from node_agent.site import Site
@@ -64,6 +65,7 @@ TRAINING_TURN_S: Final = 0.25  # while a worker is at it
 FACTS_S: Final = 10.0  # how long a look at the site's disk is good for
 REFUSED_S: Final = 30.0  # how long a refusal found while acting holds
 DELIVERED_S: Final = 60.0  # then a statement that is still not shown is sent once more
+_MAX_REPORTS: Final = 16  # as many as the coordinator takes with one poll
 BUG_S: Final = 30.0  # before an action that failed in an unknown way is tried again
 
 
@@ -104,10 +106,13 @@ class Agent:
     _shown: NodeStatus | None = None
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _actor: Actor = field(init=False)
+    _identity: TlsIdentity = field(init=False)
 
     def __post_init__(self) -> None:
+        self._identity = self.site.keys.tls()
         self._actor = Actor(
             site=self.site,
+            run_seen=self._run_seen,
             seen=self._seen,
             clock_offset=lambda: self._offset or timedelta(),
             refuse=self._refuse,
@@ -223,7 +228,7 @@ class Agent:
                         at_ms=now_ms,
                     ),
                 )
-        return list(lines.values())
+        return list(lines.values())[:_MAX_REPORTS]
 
     # -- reconcile -------------------------------------------------------------------------------
 
@@ -231,12 +236,14 @@ class Agent:
         while True:
             self._wake.clear()
             training = False
-            for launcher in self.site.launchers.values():
-                await launcher.tick()
-                training = training or bool(launcher.under_way())
-            if self._view is not None:
-                for seen in self._view.runs:
-                    self._reconcile(seen)
+            try:
+                for launcher in self.site.launchers.values():
+                    await launcher.tick()
+                    training = training or bool(launcher.under_way())
+            except OSError as error:  # most likely a full disk: nothing else stops for it
+                logger.warning("the worker cannot be looked after: %s", error)
+            for seen in self._view.runs if self._view else ():
+                self._reconcile(seen)
             self._show()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TRAINING_TURN_S if training else TURN_S)
@@ -356,7 +363,8 @@ class Agent:
         except NotReadyError as error:
             self._postpone(action, error, at_least=error.retry_after_s, await_news=False)
         except IntegrityError as error:
-            await self._note_failure(action, error)
+            with suppress(FederationError):  # a full disk: the reason is in the diagnostics
+                await self._note_failure(action, error)
             self._postpone(action, error, at_least=REFUSED_S, await_news=False)
         except FederationError as error:
             # Mostly: the round has moved on. The next view says what to do instead.
@@ -388,6 +396,17 @@ class Agent:
         detail = {"action": type(action).__name__, "code": error.code, "reason": str(error)}
         await asyncio.to_thread(self.site.journal.note, "integrity", detail, round_=round_)
 
+    def _run_seen(self, run: RunId) -> RunSeen:
+        """The latest view of a run.
+
+        Raises:
+            NotFoundError: the coordinator does not show it any more.
+        """
+        for shown in self._view.runs if self._view else ():
+            if shown.run == run:
+                return shown
+        raise NotFoundError(f"run {run} is not shown any more")
+
     def _seen(self, round_: RoundId) -> tuple[RunSeen, RoundSeen]:
         """The latest view of a round.
 
@@ -414,7 +433,7 @@ class Agent:
 
     async def _renew_loop(self) -> None:
         failures = 0
-        due = renewal_due(self.site.keys.tls(), rng=self.site.rng)
+        due = renewal_due(self._identity, rng=self.site.rng)
         while True:
             left = (due - self.site.now()).total_seconds()
             if left > 0:
@@ -434,7 +453,7 @@ class Agent:
                 slow = isinstance(error, NotEnrolledError | MalformedMessageError)
                 await asyncio.sleep(60.0 if slow else delay)
                 continue
-            failures = 0
+            failures, self._identity = 0, identity
             due = renewal_due(identity, rng=self.site.rng)
             detail = {"until": iso(identity.not_after), "serial": f"{identity.serial:x}"}
             await asyncio.to_thread(self.site.journal.note, "certificate renewed", detail)
@@ -445,10 +464,6 @@ class Agent:
     def _show(self) -> None:
         site, view = self.site, self._view
         offset = self._offset.total_seconds() if self._offset is not None else None
-        try:
-            until = iso(site.keys.tls().not_after)
-        except FederationError as error:
-            until = str(error)
         status = NodeStatus(
             node=site.node,
             federation=site.config.federation,
@@ -459,7 +474,7 @@ class Agent:
             connected=not self._trouble,
             trouble=self._trouble,
             clock_offset_s=round(offset, 1) if offset is not None else None,
-            certificate_until=until,
+            certificate_until=iso(self._identity.not_after),
             workers={kind: launcher.state for kind, launcher in site.launchers.items()},
             runs=tuple(self._run_status(seen) for seen in view.runs) if view else (),
         )

@@ -141,7 +141,7 @@ class Connection:
         self.bulk: Any = bulk_pb2_grpc.BulkStub(self.channel)  # type: ignore[no-untyped-call]
         self.renewal: Any = enrolment_pb2_grpc.RenewalStub(self.channel)  # type: ignore[no-untyped-call]
 
-    def renew(self, identity: TlsIdentity, *, grace_s: float = 60.0) -> None:
+    def renew(self, identity: TlsIdentity, *, grace_s: float = 600.0) -> None:
         """Use another certificate from now on; calls under way have ``grace_s`` to finish."""
         old = self.channel
         self._open(identity)

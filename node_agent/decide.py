@@ -224,11 +224,12 @@ def _after_release(s: Situation) -> Decision:
 
 def _current(s: Situation, plan: Plan) -> Decision:
     current = s.seen.current
-    if s.seen.status != "active" and (current is None or _is_over(current.phase(plan))):
-        return _wait(f"the run is {s.seen.status}")
     if current is None:
-        return _wait("no round has begun")
+        active = s.seen.status == "active"
+        return _wait("no round has begun" if active else f"the run is {s.seen.status}")
     phase = current.phase(plan)
+    if s.seen.status != "active" and _is_over(phase):
+        return _withdraw_or(s, current, f"the run is {s.seen.status}")
     match phase:
         case Open():
             return _while_open(s, current, phase)

@@ -245,7 +245,7 @@ def check_disk(node: NodeFolder, view: View | None) -> Iterator[Finding]:
 async def _ask(config: NodeConfig, identity: TlsIdentity) -> View:
     connection = Connection(config.coordinator, identity, rng=SystemRandom())
     try:
-        request = rounds_pb2.SyncRequest(seen=0, wait_ms=0, state="doctor")
+        request = rounds_pb2.SyncRequest(seen=0, wait_ms=0, state="")
         answer = await connection.call(connection.rounds.Sync, request, timeout_s=10.0)
         return read_view(answer)
     finally:

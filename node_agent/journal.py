@@ -360,9 +360,10 @@ class Journal:
             receipt=row.receipt,
         )
 
-    def upload_files(self) -> dict[str, RoundId]:
-        """Every file in spool/uploads that the journal names, and its round."""
+    def upload_files(self, run: RunId) -> dict[str, RoundId]:
+        """The files in spool/uploads that the journal names for a run, and their rounds."""
         query = sa.select(_uploads.c.file, _uploads.c.run, _uploads.c.number)
+        query = query.where(_uploads.c.run == run)
         with self._errors(), self._engine.connect() as connection:
             rows = connection.execute(query).all()
         return {row.file: RoundId(RunId(row.run), row.number) for row in rows}
