@@ -40,6 +40,7 @@ class Struck:
     ended: str = ""  # phase the round ended in
     survivors: int = 0  # nodes in the round's sum
     in_the_sum: bool | None = None  # whether the killed node's update is
+    unfinished: bool = True  # whether the phase still had work to do when the kill fell
 
     def to_json(self) -> dict[str, Any]:
         """Facts for the summary."""
@@ -129,12 +130,14 @@ class Striker:
         for round_ in report.rounds:
             if str(round_.round) == self.struck.round and round_.ended:
                 node = self.struck.name
+                ended_at = round_.spans[-1].entered_at.timestamp()
                 self.struck = replace(
                     self.struck,
                     went_on_after_s=self._now() - self.struck.restarted_at,
                     ended=round_.phase,
                     survivors=len(round_.survivors),
                     in_the_sum=node in round_.survivors if self._target == "node" else None,
+                    unfinished=ended_at > self.struck.killed_at,
                 )
                 return self.struck
         return None
