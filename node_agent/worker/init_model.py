@@ -6,8 +6,8 @@ a plan can pin them. The weights depend on ``model.config`` and ``model.seed`` a
 float64; norm gains are 1 and biases 0. Since the plan pins the bytes, nobody has to repeat the
 draw; another platform's libm may round a few of them differently.
 
-The file given with --plan may be a plan or just ``{"model": {...}}`` without digests: the digests
-are what this command is for.
+The file given with --plan (``.json`` is JSON, everything else TOML, as for `minga run submit`) may
+be a plan or just its model without digests: the digests are what this command is for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,12 @@ def read_model(path: Path) -> tuple[dict[str, Any], int]:
         MalformedMessageError: the file has no such model.
     """
     try:
-        value = parse_json(path.read_bytes())
+        data = path.read_bytes()
+        value = parse_json(data) if path.suffix == ".json" else tomllib.loads(data.decode("utf-8"))
     except OSError as error:
         raise MalformedMessageError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MalformedMessageError(f"{path}: {error}") from None
     model = value.get("model") if isinstance(value, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("config"), dict):
         raise MalformedMessageError(f"{path} has no model.config")

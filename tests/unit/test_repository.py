@@ -187,9 +187,31 @@ def resolve(line: str) -> list[str]:
 def test_the_minga_commands_of_the_readme_exist():
     lines = [line.removeprefix(".venv/bin/") for line in shell_lines("README.md")]
     lines = [line for line in lines if line.startswith("minga ")]
+    lines += re.findall(r"`(minga [^`]+)`", read("README.md"))
 
-    assert lines
+    assert len(lines) > 20
     assert {line: missing for line in lines if (missing := resolve(line))} == {}
+
+
+def test_the_readme_leaves_no_command_out():
+    from infra.cli import GROUPS, load_group
+
+    for name in GROUPS:
+        group = load_group(name)
+        commands = group.commands if isinstance(group, click.Group) else {}
+        for command in [f"minga {name} {child}" for child in commands] or [f"minga {name}"]:
+            assert f"`{command}`" in read("README.md"), f"README.md does not name `{command}`"
+
+
+def test_the_example_plan_is_a_plan():
+    """Only what follows from the starting model and the federation is left out of it."""
+    from protocols.plan import Plan
+
+    written = tomllib.loads(read("docs/plan.example.toml"))
+    written["federation"] = "andes"
+    written["model"] |= {"manifest": "0" * 64, "initial": "0" * 64}
+
+    assert Plan.from_value(written).total_rounds == 3
 
 
 def test_a_command_that_does_not_exist_is_found():
