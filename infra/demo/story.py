@@ -12,7 +12,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +43,7 @@ from protocols.tensors.snapshot import Snapshot
 
 FEDERATION: Final = "demo"
 DEFAULT_SITES: Final = 4
+VERDICTS_S: Final = 20.0  # for the nodes to say which last model they computed
 
 
 class RunFailedError(NotReadyError):
@@ -123,6 +124,7 @@ def _play(
         strikers = _strikers(request, settings, federation)
         with view:
             run = _follow(client, federation, view, strikers)
+            run = _wait_for_verdicts(run, client, federation, view)
         struck = tuple(entry.struck for entry in strikers if entry.struck is not None)
         facts = summary(
             run=run, settings=settings, texts=texts, struck=struck, seconds=view.elapsed_s
@@ -275,6 +277,25 @@ def _follow(
     if last is None:
         raise AssertionError("following ends with a report")
     return last
+
+
+def _wait_for_verdicts(
+    run: RunReport, client: AdminClient, federation: Federation, view: View
+) -> RunReport:
+    """The ended run with every node's own word on the last model; without, after a while."""
+    until = time.monotonic() + VERDICTS_S
+    while time.monotonic() < until and not all(
+        round_.confirmed >= set(round_.survivors) for round_ in run.released
+    ):
+        federation.household.check()
+        time.sleep(0.1)
+        with suppress(NotReadyError):
+            run = client.show(RunId(RUN))
+    if run.released:
+        last = run.released[-1]
+        same = sum(entry.confirmed == last.model_out for entry in last.traffic)
+        view.say(f"{same} of {len(last.survivors)} nodes computed the very same last model")
+    return run
 
 
 def _between(struck: Struck) -> float:

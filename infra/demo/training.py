@@ -1,7 +1,7 @@
 """What the demonstration trains: a small byte-level Llama, and the terms of its run.
 
 Sized for two processor cores and under four minutes: 0.66 million parameters see 128 bytes at a
-time, and every site does some fifty AdamW steps a round. The outer step is the plain mean with
+time, and every site does forty AdamW steps a round. The outer step is the plain mean with
 equal weights, so that a reader can redo it by hand.
 """
 
@@ -63,7 +63,7 @@ def demo_plan(
             "batch_size": 8,
             "sequence_length": _SEQUENCE,
             "grad_clip": 1.0,
-            "max_steps": 50,
+            "max_steps": 40,
             "keep_optimizer": True,
         },
         "outer": {"optimizer": "average", "lr": 1.0},

@@ -123,6 +123,11 @@ class RoundReport:
         return self.metrics.get("loss_micronats", 0) / 1e6 / tokens if tokens else None
 
     @property
+    def confirmed(self) -> frozenset[str]:
+        """The nodes that have said which model they computed, or why they object."""
+        return frozenset(entry.node for entry in self.traffic if entry.confirmed)
+
+    @property
     def seconds(self) -> float | None:
         """From opening to the end; None while the round goes on."""
         if not self.ended or not self.spans:
@@ -315,7 +320,7 @@ def run_to_json(report: RunReport) -> dict[str, Any]:
 # -- for people ----------------------------------------------------------------------------------
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
-_BARS: Final = "_.-=+*#"  # low to high
+_BARS: Final = "_.:-=+*#%@"  # low to high
 
 
 def human_bytes(count: float) -> str:
@@ -328,7 +333,10 @@ def human_bytes(count: float) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One ASCII character per value, from ``_`` (lowest) to ``#`` (highest).
+    """One ASCII character per value, from ``_`` (lowest) to ``@`` (highest).
+
+    Heights go by the square root above the lowest value: what is learned late is little beside
+    the first round, and would all look alike on a linear scale.
 
     =======================  ==============================
     Case                     Result
@@ -339,6 +347,7 @@ def sparkline(values: Sequence[float]) -> str:
     """
     if not values:
         return ""
-    low, high = min(values), max(values)
-    width = (high - low) or 1.0
-    return "".join(_BARS[round((value - low) / width * (len(_BARS) - 1))] for value in values)
+    low = min(values)
+    width = (max(values) - low) or 1.0
+    top = len(_BARS) - 1
+    return "".join(_BARS[round(math.sqrt((value - low) / width) * top)] for value in values)
