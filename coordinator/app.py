@@ -28,9 +28,16 @@ from coordinator.services.caller import Callers
 from coordinator.services.enrolment import EnrolmentService, RenewalService
 from coordinator.services.errors import ErrorInterceptor
 from coordinator.services.rounds import RoundsService
+from coordinator.services.secure_sum import SecureSumService
 from coordinator.spool import Spool
 from protocols.errors import ConfigurationError
-from protocols.gen import admin_pb2_grpc, bulk_pb2_grpc, enrolment_pb2_grpc, rounds_pb2_grpc
+from protocols.gen import (
+    admin_pb2_grpc,
+    bulk_pb2_grpc,
+    enrolment_pb2_grpc,
+    rounds_pb2_grpc,
+    secure_sum_pb2_grpc,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +109,30 @@ def main_server(parts: Parts) -> grpc.aio.Server:
         options=_CHANNEL_OPTIONS,
         maximum_concurrent_rpcs=4096,
     )
-    common = {"callers": parts.callers, "ledger": parts.ledger, "clock": parts.clock}
-    bulk = BulkService(**common, spool=parts.spool, blobs=parts.blobs, layouts=parts.layouts)
-    rounds_pb2_grpc.add_RoundsServicer_to_server(RoundsService(**common), server)
+    callers, ledger, clock = parts.callers, parts.ledger, parts.clock
+    bulk = BulkService(
+        callers=callers,
+        ledger=ledger,
+        clock=clock,
+        spool=parts.spool,
+        blobs=parts.blobs,
+        layouts=parts.layouts,
+    )
+    rounds_pb2_grpc.add_RoundsServicer_to_server(
+        RoundsService(callers=callers, ledger=ledger, clock=clock), server
+    )
+    secure_sum_pb2_grpc.add_SecureSumServicer_to_server(
+        SecureSumService(callers=callers, ledger=ledger, clock=clock), server
+    )
     admin_pb2_grpc.add_AdminServicer_to_server(
-        AdminService(**common, blobs=parts.blobs, authority=parts.authority), server
+        AdminService(
+            callers=callers,
+            ledger=ledger,
+            clock=clock,
+            blobs=parts.blobs,
+            authority=parts.authority,
+        ),
+        server,
     )
     # Registered first for the methods protoc knows; the raw ones are a second handler.
     bulk_pb2_grpc.add_BulkServicer_to_server(bulk, server)

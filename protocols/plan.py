@@ -56,6 +56,7 @@ Count = Annotated[int, Field(ge=1, le=2**53 - 1)]
 Seconds = Annotated[int, Field(ge=1, le=30 * 86_400)]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,8}(-[a-z0-9]{1,8})*$")]
 NodeName = Annotated[str, AfterValidator(parse_node_id)]
+KeyText = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DigestText = Annotated[str, AfterValidator(parse_digest)]
 
 
@@ -206,6 +207,8 @@ class SecureAggregation(_Part):
     threshold: int = Field(ge=2, le=MAX_ROSTER)  # nodes that must see it through
     colluders: int = Field(ge=0, le=MAX_ROSTER)  # nodes assumed to side with the coordinator
     min_surviving: int = Field(ge=2, le=MAX_ROSTER)  # nodes in any opened sum
+    # The Ed25519 key (hex) of every node on the roster: the plan's digest pins who may speak.
+    keys: dict[NodeName, KeyText] = Field(max_length=MAX_ROSTER)
 
 
 class Plan(_Part):
@@ -256,6 +259,10 @@ class Plan(_Part):
                 raise ValueError(f"secagg: threshold={t} of {n} does not withstand {c} colluders")
             if self.secagg.min_surviving < max(2, c + 2):
                 raise ValueError(f"secagg: min_surviving must be at least {c + 2}")
+            if sorted(self.secagg.keys) != list(self.roster):
+                raise ValueError("secagg.keys must hold one key for each node of the roster")
+            if len(set(self.secagg.keys.values())) != n:
+                raise ValueError("secagg.keys: two nodes have the same key")
             if self.min_participants < max(3, t):
                 raise ValueError("secagg: min_participants must be at least the threshold and 3")
         return self

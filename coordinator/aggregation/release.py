@@ -26,7 +26,7 @@ from protocols.outer_step import THETA, OuterResult, apply_outer_step, next_snap
 from protocols.plan import Plan
 from protocols.round_vector import round_ring
 from protocols.tensors.manifest import Manifest
-from protocols.tensors.planar import accumulate
+from protocols.tensors.planar import LaneAdder, accumulate
 from protocols.tensors.scales import Scales
 from protocols.tensors.snapshot import Snapshot
 
@@ -51,6 +51,8 @@ def release(
     uploads: Sequence[Path],
     blobs: Blobs,
     layouts: Layouts,
+    remover: LaneAdder | None = None,
+    noisy: bool = False,
     threads: int = 2,
 ) -> Release:
     """Add the uploads, take the outer step, store both.
@@ -62,6 +64,8 @@ def release(
         uploads: packed vectors, one per survivor, each complete and of the layout's size.
         blobs: where sum and snapshot go.
         layouts: of the plan.
+        remover: takes the remaining masks off each chunk of a masked sum.
+        noisy: the integers carry noise, so the clamp limit does not bound the sum.
         threads: chunks worked on at once.
 
     Raises:
@@ -75,11 +79,11 @@ def release(
     with ExitStack() as stack:
         readers = [_reader(path, layout.packed_size(ring), stack) for path in uploads]
         writer = stack.enter_context(blobs.writer())
-        for chunk in accumulate(readers, layout, ring, threads=threads):
+        for chunk in accumulate(readers, layout, ring, adjust=remover, threads=threads):
             writer.write(chunk)
         sum_digest = writer.finish()
     result = _outer_step(
-        plan, index, start, manifest, sum_digest, len(uploads), blobs, layouts, threads
+        plan, index, start, manifest, sum_digest, len(uploads), blobs, layouts, noisy, threads
     )
     return Release(
         sum=sum_digest,
@@ -98,6 +102,7 @@ def _outer_step(
     survivors: int,
     blobs: Blobs,
     layouts: Layouts,
+    noisy: bool,
     threads: int,
 ) -> OuterResult:
     layout, ring = layouts.of(plan, index), round_ring(plan)
@@ -123,6 +128,7 @@ def _outer_step(
                 nodes=survivors,
                 roster=len(plan.roster),
                 writer=files.write,
+                noisy=noisy,
                 threads=threads,
             )
             files.sync()

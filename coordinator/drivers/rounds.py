@@ -43,9 +43,10 @@ from coordinator.rounds import (
     record_release,
     retry_at,
 )
+from coordinator.secure_sum import Opening, Sum, open_masks
 from coordinator.spool import upload_path
 from protocols.errors import FederationError, IntegrityError
-from protocols.identifiers import RoundId
+from protocols.identifiers import Digest, RoundId
 from protocols.plan import Plan
 from protocols.rounds import Released, SumFailed, TimePassed, deadline
 from protocols.tensors.snapshot import Snapshot
@@ -273,8 +274,8 @@ class RoundDriver:
         if not isinstance(phase, Released):
             return
         try:
-            uploads = await self._ledger.read(
-                "uploads", lambda tx: self._uploads_of(tx, row.round, phase)
+            uploads, opening = await self._ledger.read(
+                "uploads", lambda tx: self._parts_of(tx, row, plan, phase)
             )
             work = partial(
                 self._add_up,
@@ -284,8 +285,14 @@ class RoundDriver:
                 uploads=uploads,
                 blobs=self._blobs,
                 layouts=self._layouts,
+                remover=opening.remover if opening else None,
             )
             result = await asyncio.to_thread(work)
+            transcript = (
+                await asyncio.to_thread(self._blobs.put_bytes, opening.transcript.to_bytes())
+                if opening
+                else None
+            )
         except IntegrityError as error:
             logger.warning("round %s: %s", row.round, error)
             await self._record("sum_failed", partial(_burn, round_id=row.round, error=error))
@@ -295,7 +302,7 @@ class RoundDriver:
             logger.exception("adding up round %s failed; it is tried again", row.round)
             self._not_before[row.round] = self._clock.now() + _RETRY
         else:
-            done = partial(_opened, round_id=row.round, result=result)
+            done = partial(_opened, round_id=row.round, result=result, transcript=transcript)
             await self._record("record_release", done)
 
     async def _record(self, name: str, work: Callable[..., object]) -> None:
@@ -308,6 +315,15 @@ class RoundDriver:
     def _later(self, round_id: RoundId, error: FederationError) -> None:
         logger.warning("round %s cannot be added up now: %s", round_id, error)
         self._not_before[round_id] = self._clock.now() + _RETRY
+
+    def _parts_of(
+        self, tx: Tx, row: RoundRow, plan: Plan, phase: Released
+    ) -> tuple[Sequence[Path], Opening | None]:
+        """The vectors to add, and in a secure sum what takes the masks off."""
+        uploads = self._uploads_of(tx, row.round, phase)
+        if plan.secagg is None:
+            return uploads, None
+        return uploads, open_masks(Sum.of(tx, row, plan, phase.attempt))
 
     def _uploads_of(self, tx: Tx, round_id: RoundId, phase: Released) -> Sequence[Path]:
         """Files of the survivors' vectors, by node.
@@ -335,7 +351,9 @@ def _burn(tx: Tx, round_id: RoundId, error: IntegrityError, *, now: datetime) ->
     advance(tx, round_id, event, now, transaction="sum_failed")
 
 
-def _opened(tx: Tx, round_id: RoundId, result: Release, *, now: datetime) -> None:
+def _opened(
+    tx: Tx, round_id: RoundId, result: Release, transcript: Digest | None, *, now: datetime
+) -> None:
     record_release(
         tx,
         round_id,
@@ -344,3 +362,5 @@ def _opened(tx: Tx, round_id: RoundId, result: Release, *, now: datetime) -> Non
         metrics=result.metrics,
         now=now,
     )
+    if transcript is not None:
+        tx.set_transcript(round_id, transcript)

@@ -469,4 +469,5 @@ def _round(row: Any) -> RoundRow:
         next_snapshot=None if row.next_snapshot is None else bytes(row.next_snapshot),
         sum=None if row.sum is None else Digest(row.sum),
         metrics=None if row.metrics is None else json.loads(row.metrics),
+        transcript=None if row.transcript is None else Digest(row.transcript),
     )

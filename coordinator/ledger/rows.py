@@ -85,6 +85,7 @@ class RoundRow:
     next_snapshot: bytes | None = field(repr=False)  # None: no sum was opened
     sum: Digest | None  # None: no sum was opened
     metrics: dict[str, int] | None  # None: no sum was opened
+    transcript: Digest | None  # how the sum was opened; None: no secure sum
 
     @property
     def attempt(self) -> int:

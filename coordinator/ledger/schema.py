@@ -121,6 +121,11 @@ rounds = Table(
     Column("next_snapshot", LargeBinary, comment="canonical JSON; NULL: no sum was opened"),
     Column("sum", Text, comment="hex digest of the sum's blob; NULL: no sum was opened"),
     Column("metrics", Text, comment="JSON object name -> integer; NULL: no sum was opened"),
+    Column(
+        "transcript",
+        Text,
+        comment="hex digest of the blob that says how the sum was opened; NULL: no secure sum",
+    ),
     Index("ix_rounds_open", "final", "closes_at"),
     comment="Rounds, each with its phase",
 )
@@ -162,6 +167,20 @@ uploads = Table(
     ForeignKeyConstraint(["run_id", "number"], ["rounds.run_id", "rounds.number"]),
     CheckConstraint("(receipt IS NULL) = (finished_at IS NULL)", name="finished"),
     comment="Vectors on their way in; their bytes lie in the spool",
+)
+
+secure_messages = Table(
+    "secure_messages",
+    metadata,
+    Column("run_id", Text, primary_key=True, comment="of which run"),
+    Column("number", Integer, primary_key=True, autoincrement=False, comment="of which round"),
+    Column("attempt", Integer, primary_key=True, autoincrement=False, comment="from 1"),
+    Column("kind", Text, primary_key=True, comment="of the message"),
+    Column("node_id", Text, ForeignKey("nodes.node_id"), primary_key=True, comment="who signed it"),
+    Column("body", LargeBinary, nullable=False, comment="canonical JSON, signed"),
+    Column("received_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    ForeignKeyConstraint(["run_id", "number"], ["rounds.run_id", "rounds.number"]),
+    comment="Messages of secure sums as they came; the first of each kind stays",
 )
 
 traffic = Table(

@@ -85,6 +85,7 @@ def round_view(row: RoundRow, now: datetime) -> rounds_pb2.RoundView:
         why=why_now(row, now),
         start_snapshot=row.start_snapshot,
         next_snapshot=row.next_snapshot or b"",
+        transcript=row.transcript or "",
     )
 
 

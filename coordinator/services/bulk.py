@@ -21,6 +21,7 @@ from coordinator.clock import Clock
 from coordinator.layouts import Layouts
 from coordinator.ledger import Ledger, Tx
 from coordinator.rounds import advance
+from coordinator.secure_sum import check_uploaded
 from coordinator.services.caller import Callers
 from coordinator.spool import MAX_MESSAGE, Arriving, Spool, upload_path
 from protocols.errors import (
@@ -183,6 +184,10 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
                 raise NotReadyError(
                     f"{durable} of {header.size} bytes arrived; send the rest first",
                     retry_after_s=0.0,
+                )
+            if tx.run(header.run).plan.secagg is not None:
+                check_uploaded(
+                    tx, header.round_id, node, header.attempt, header.root, header.size
                 )
             advance(
                 tx,

@@ -97,6 +97,7 @@ def round_facts(
         traffic=[traffic[node] for node in sorted(traffic)],
         metrics=row.metrics or {},
         next_snapshot=row.next_snapshot or b"",
+        transcript=row.transcript or "",
     )
 
 
@@ -120,6 +121,7 @@ def node_facts(
         state=row.state,
         agent_version=row.agent_version,
         progress=progress,
+        signing_key=row.signing_key,
     )
 
 

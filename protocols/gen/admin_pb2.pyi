@@ -28,7 +28,7 @@ class ListNodesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeFacts(_message.Message):
-    __slots__ = ("node", "status", "enrolled_at_ms", "certificate_until_ms", "last_seen_ms", "state", "agent_version", "progress")
+    __slots__ = ("node", "status", "enrolled_at_ms", "certificate_until_ms", "last_seen_ms", "state", "agent_version", "progress", "signing_key")
     NODE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     ENROLLED_AT_MS_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class NodeFacts(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SIGNING_KEY_FIELD_NUMBER: _ClassVar[int]
     node: str
     status: str
     enrolled_at_ms: int
@@ -45,7 +46,8 @@ class NodeFacts(_message.Message):
     state: str
     agent_version: str
     progress: _containers.RepeatedCompositeFieldContainer[_rounds_pb2.Progress]
-    def __init__(self, node: _Optional[str] = ..., status: _Optional[str] = ..., enrolled_at_ms: _Optional[int] = ..., certificate_until_ms: _Optional[int] = ..., last_seen_ms: _Optional[int] = ..., state: _Optional[str] = ..., agent_version: _Optional[str] = ..., progress: _Optional[_Iterable[_Union[_rounds_pb2.Progress, _Mapping]]] = ...) -> None: ...
+    signing_key: bytes
+    def __init__(self, node: _Optional[str] = ..., status: _Optional[str] = ..., enrolled_at_ms: _Optional[int] = ..., certificate_until_ms: _Optional[int] = ..., last_seen_ms: _Optional[int] = ..., state: _Optional[str] = ..., agent_version: _Optional[str] = ..., progress: _Optional[_Iterable[_Union[_rounds_pb2.Progress, _Mapping]]] = ..., signing_key: _Optional[bytes] = ...) -> None: ...
 
 class ListNodesResponse(_message.Message):
     __slots__ = ("nodes",)
@@ -118,7 +120,7 @@ class NodeTraffic(_message.Message):
     def __init__(self, node: _Optional[str] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., confirmed: _Optional[str] = ...) -> None: ...
 
 class RoundFacts(_message.Message):
-    __slots__ = ("round", "phase", "why", "model_root_in", "times", "traffic", "metrics", "next_snapshot", "index")
+    __slots__ = ("round", "phase", "why", "model_root_in", "times", "traffic", "metrics", "next_snapshot", "index", "transcript")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +137,7 @@ class RoundFacts(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     NEXT_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    TRANSCRIPT_FIELD_NUMBER: _ClassVar[int]
     round: _rounds_pb2.RoundRef
     phase: _rounds_pb2.PhaseView
     why: str
@@ -144,7 +147,8 @@ class RoundFacts(_message.Message):
     metrics: _containers.ScalarMap[str, int]
     next_snapshot: bytes
     index: int
-    def __init__(self, round: _Optional[_Union[_rounds_pb2.RoundRef, _Mapping]] = ..., phase: _Optional[_Union[_rounds_pb2.PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., model_root_in: _Optional[str] = ..., times: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., traffic: _Optional[_Iterable[_Union[NodeTraffic, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, int]] = ..., next_snapshot: _Optional[bytes] = ..., index: _Optional[int] = ...) -> None: ...
+    transcript: str
+    def __init__(self, round: _Optional[_Union[_rounds_pb2.RoundRef, _Mapping]] = ..., phase: _Optional[_Union[_rounds_pb2.PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., model_root_in: _Optional[str] = ..., times: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., traffic: _Optional[_Iterable[_Union[NodeTraffic, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, int]] = ..., next_snapshot: _Optional[bytes] = ..., index: _Optional[int] = ..., transcript: _Optional[str] = ...) -> None: ...
 
 class WatchRunRequest(_message.Message):
     __slots__ = ("run", "after")

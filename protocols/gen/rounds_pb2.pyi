@@ -73,20 +73,22 @@ class RunView(_message.Message):
     def __init__(self, run: _Optional[str] = ..., plan_digest: _Optional[str] = ..., status: _Optional[str] = ..., current: _Optional[_Union[RoundView, _Mapping]] = ..., last_released: _Optional[_Union[RoundView, _Mapping]] = ...) -> None: ...
 
 class RoundView(_message.Message):
-    __slots__ = ("round", "phase", "why", "start_snapshot", "next_snapshot", "index")
+    __slots__ = ("round", "phase", "why", "start_snapshot", "next_snapshot", "index", "transcript")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     START_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     NEXT_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    TRANSCRIPT_FIELD_NUMBER: _ClassVar[int]
     round: RoundRef
     phase: PhaseView
     why: str
     start_snapshot: bytes
     next_snapshot: bytes
     index: int
-    def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., phase: _Optional[_Union[PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., start_snapshot: _Optional[bytes] = ..., next_snapshot: _Optional[bytes] = ..., index: _Optional[int] = ...) -> None: ...
+    transcript: str
+    def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., phase: _Optional[_Union[PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., start_snapshot: _Optional[bytes] = ..., next_snapshot: _Optional[bytes] = ..., index: _Optional[int] = ..., transcript: _Optional[str] = ...) -> None: ...
 
 class PhaseView(_message.Message):
     __slots__ = ("name", "attempt", "closes_at_ms", "joined", "declined", "cohort", "ready", "left", "dealt", "agreed", "received", "survivors", "commits", "aborts", "revealed", "sum", "model_root", "code", "reason")

@@ -309,12 +309,16 @@ def test_a_wrong_plan_is_refused_with_the_field(change, says):
 
 def test_a_secure_plan_must_withstand_its_colluders():
     secure = {"mode": "aggregate-only", "min_participants": 3}
-    good = {"threshold": 3, "colluders": 1, "min_surviving": 3}
+    keys = {name: digit * 64 for name, digit in (("a", "1"), ("b", "2"), ("c", "3"))}
+    good = {"threshold": 3, "colluders": 1, "min_surviving": 3, "keys": keys}
     assert Plan.from_value(plan_value() | secure | {"secagg": good}).secagg is not None
     with pytest.raises(MalformedMessageError, match="withstand"):
         Plan.from_value(plan_value() | secure | {"secagg": good | {"threshold": 2}})
     with pytest.raises(MalformedMessageError, match="min_surviving"):
         Plan.from_value(plan_value() | secure | {"secagg": good | {"min_surviving": 2}})
+    for wrong in ({}, keys | {"z": "4" * 64}, keys | {"c": "1" * 64}, keys | {"c": "G" * 64}):
+        with pytest.raises(MalformedMessageError, match="keys"):
+            Plan.from_value(plan_value() | secure | {"secagg": good | {"keys": wrong}})
 
 
 def test_the_last_round_only_evaluates():
