@@ -28,9 +28,33 @@ def canonical_bytes(value: object) -> bytes:
         MalformedMessageError: NaN, infinity, integers beyond 2**53-1, or not a JSON value.
     """
     try:
+        if _is_plain(value):  # the standard library writes the same bytes, ten times as fast
+            return json.dumps(
+                value, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+            ).encode("utf-8")
         return rfc8785.dumps(value)  # type: ignore[arg-type]
     except (rfc8785.CanonicalizationError, RecursionError, UnicodeError) as error:
         raise MalformedMessageError(f"not a canonical JSON value: {error}") from None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether RFC 8785 and ``json.dumps`` agree: no floats, small integers, ASCII keys.
+
+    Number formatting and the UTF-16 order of keys are where they differ; strings are escaped
+    alike. Exact types only: a subclass could print itself otherwise.
+    """
+    kind = type(value)
+    if kind is str or kind is bool or value is None:
+        return True
+    if kind is int:
+        return bool(-(2**53) < value < 2**53)
+    if kind is list:
+        return all(map(_is_plain, value))
+    if kind is dict:
+        return all(
+            type(key) is str and key.isascii() and _is_plain(inner) for key, inner in value.items()
+        )
+    return False
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
