@@ -35,6 +35,7 @@ from protocols.rounds import (
     Event,
     Phase,
     ReadyArrived,
+    Released,
     Revealing,
     SharesArrived,
     Training,
@@ -286,7 +287,7 @@ def _upload(summed: Sum, signed: Signed[Upload]) -> Event | None:
 
 
 def _commit(summed: Sum, signed: Signed[Commit]) -> Event | None:
-    _phase(summed, Committing, Revealing)
+    _phase(summed, Committing, Revealing, Released)  # a late one is evidence, and counts no more
     body = checks.check_commit(signed, summed.listed())
     return CommitArrived(body.node, summed.attempt.number)
 
@@ -300,7 +301,7 @@ def _abort(summed: Sum, signed: Signed[Abort]) -> Event | None:
 
 
 def _reveal(summed: Sum, signed: Signed[Reveal]) -> Event | None:
-    _phase(summed, Revealing)
+    _phase(summed, Revealing, Released)
     body = checks.check_reveal(signed, summed.listed())
     return SharesArrived(body.node, summed.attempt.number)
 

@@ -129,7 +129,7 @@ def invited(door):
 
 
 def test_an_invitation_becomes_a_certificate_that_works(door, invited):
-    signing = door.signing["a"]
+    signing = door.signing_key("a")
 
     key = new_tls_key()
     answer = door.enrolment_stub().Join(
@@ -141,13 +141,13 @@ def test_an_invitation_becomes_a_certificate_that_works(door, invited):
 
 
 def test_a_lost_answer_is_not_a_second_use(door, invited):
-    stub, request = door.enrolment_stub(), enrol_request("a", invited.secret, door.signing["a"])
+    stub, request = door.enrolment_stub(), enrol_request("a", invited.secret, door.signing_key("a"))
     stub.Join(request, timeout=10)
     assert stub.Join(request, timeout=10).certificate_der
 
 
 def test_a_token_works_once(door, invited):
-    stub, signing = door.enrolment_stub(), door.signing["a"]
+    stub, signing = door.enrolment_stub(), door.signing_key("a")
     stub.Join(enrol_request("a", invited.secret, signing), timeout=10)
     with refused("PERMISSION_DENIED", "token_refused", "used before"):
         stub.Join(enrol_request("a", invited.secret, signing), timeout=10)
@@ -155,28 +155,28 @@ def test_a_token_works_once(door, invited):
 
 def test_a_token_is_for_one_institution(door, invited):
     with refused("PERMISSION_DENIED", "token_refused", "another institution"):
-        request = enrol_request("b", invited.secret, door.signing["b"])
+        request = enrol_request("b", invited.secret, door.signing_key("b"))
         door.enrolment_stub().Join(request, timeout=10)
     # ... and is not used up by the attempt
-    door.enrolment_stub().Join(enrol_request("a", invited.secret, door.signing["a"]), timeout=10)
+    door.enrolment_stub().Join(enrol_request("a", invited.secret, door.signing_key("a")), timeout=10)
 
 
 def test_a_token_nobody_made_is_refused(door):
     with refused("PERMISSION_DENIED", "token_refused"):
-        request = enrol_request("a", bytes(32), door.signing["a"])
+        request = enrol_request("a", bytes(32), door.signing_key("a"))
         door.enrolment_stub().Join(request, timeout=10)
 
 
 def test_a_proof_by_another_key_is_refused(door, invited):
     with refused("DATA_LOSS", "bad_signature"):
         other = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
-        request = enrol_request("a", invited.secret, door.signing["a"], signing_key=other)
+        request = enrol_request("a", invited.secret, door.signing_key("a"), signing_key=other)
         door.enrolment_stub().Join(request, timeout=10)
 
 
 def test_a_certificate_request_that_is_none_is_refused(door, invited):
     with refused("INVALID_ARGUMENT", "malformed"):
-        request = enrol_request("a", invited.secret, door.signing["a"], csr_der=b"no")
+        request = enrol_request("a", invited.secret, door.signing_key("a"), csr_der=b"no")
         door.enrolment_stub().Join(request, timeout=10)
 
 
@@ -188,7 +188,7 @@ def test_the_enrolment_port_serves_nothing_else(door):
 
 def test_a_certificate_is_renewed_with_a_new_key(door):
     client = door.enrol("a")
-    request = enrol_request("a", bytes(32), door.signing["a"])
+    request = enrol_request("a", bytes(32), door.signing_key("a"))
     answer = client.renewal.Renew(enrolment_pb2.RenewRequest(csr_der=request.csr_der), timeout=10)
     assert answer.certificate_der
 
@@ -206,7 +206,7 @@ class Upload:
         size = self.layout.packed_size(round_ring(self.plan))
         self.data = (fill * size)[:size]
         self.start = door.snapshots["r1"].model_root
-        self.key = door.signing["a"]
+        self.key = door.signing_key("a")
 
     def header(self, data=None, **changes):
         data = self.data if data is None else data

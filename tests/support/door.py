@@ -124,13 +124,16 @@ class Door:
         self.config = load_config(folder / "coordinator" / "config.toml")
         self.authority = CertificateAuthority.load(self.config.federation, self.config.keys)
         self.root = certificate_pem(self.authority.certificate)
-        self.signing = {
-            n: Ed25519PrivateKey.from_private_bytes(hashlib.sha256(n.encode()).digest())
-            for n in ("a", "b", "c")
-        }
+        self.snapshots: dict[str, Snapshot] = {}
+        self.coordinates: dict[str, int] = {}
         self.parts: Parts
         self._loop: asyncio.AbstractEventLoop
         self._channels: list[grpc.Channel] = []
+
+    @staticmethod
+    def signing_key(name: str) -> Ed25519PrivateKey:
+        """The signing key of a node; the same in every test."""
+        return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
 
     # -- the server --------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class Door:
         """A node, entered in the ledger directly."""
         identity = Identity("node", name)
         credentials = self.issue(identity)
-        public = self.signing[name].public_key().public_bytes_raw()
+        public = self.signing_key(name).public_key().public_bytes_raw()
         self.ledger(lambda tx: tx.add_node(NodeId(name), public, datetime.now(UTC)))
         self.register(credentials, identity)
         return self.connect(credentials)
@@ -265,7 +268,8 @@ class Door:
         }
         plan = Plan.from_value(value)
         self.ledger(lambda tx: tx.add_run(plan, snapshot.to_bytes(), datetime.now(UTC)))
-        self.snapshots = {run: snapshot, **getattr(self, "snapshots", {})}
+        self.snapshots[run] = snapshot
+        self.coordinates[run] = coordinates
         return plan
 
     def open_round(self, plan: Plan, phase: Phase | None = None, number: int = 0) -> RoundId:
