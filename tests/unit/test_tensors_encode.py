@@ -51,10 +51,11 @@ def integers(packed: bytes, layout: VectorLayout, ring: Ring) -> np.ndarray:
 
 
 def test_the_dither_is_a_plain_counter_mode_key_stream():
-    whole = Cipher(algorithms.AES(SEED), modes.CTR(bytes(16))).encryptor().update(bytes(4000))
+    size = 2 * (2 * CHUNK + 8)
+    whole = Cipher(algorithms.AES(SEED), modes.CTR(bytes(16))).encryptor().update(bytes(size))
 
-    assert dither_stream(SEED, 0, 2000) == whole
-    for start in (0, 1, 7, 8, 9, 255, 256, 257, 1999):
+    assert dither_stream(SEED, 0, 2000) == whole[:4000]
+    for start in (0, 1, 7, 8, 9, 255, 256, 257, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7):
         assert dither_stream(SEED, start, 1) == whole[2 * start : 2 * start + 2]
 
 
@@ -252,6 +253,22 @@ def test_a_vector_is_what_the_specification_says(bits, scale):
     assert packed == reference.pack_vector(expected, bits)
     clamped = decode_metrics(integers(packed, layout, ring)[-48:], METRICS)["clamped"]
     assert (clamped > 0) == (scale == 0.1), "both cases are reached"
+
+
+def test_later_chunks_go_on_where_the_first_ended():
+    """Two chunks, by arithmetic on the whole vector in float64, where it is exact."""
+    delta = update()
+    layout, scales = LAYOUT, SCALES
+    exponents = np.concatenate(
+        [np.full(b.stop - b.start, scales.exponents[b.number]) for b in layout.blocks()]
+    )
+    value = delta.astype(np.float64) * 2.0**exponents
+    dither = np.frombuffer(dither_stream(SEED, 0, delta.size), "<u2")
+    expected = np.floor(value) + (dither < 65536 * (value - np.floor(value)))
+    packed = encode(delta, layout, scales, RING, roster=4, seed=SEED)
+
+    assert np.abs(value).max() < RING.clamp_limit(4)
+    assert np.array_equal(integers(packed, layout, RING)[: delta.size], expected)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
