@@ -19,12 +19,11 @@ from infra.demo.settings import Settings
 from infra.demo.sites import SiteText
 from infra.runs.facts import RunReport, human_bytes, run_to_json, sparkline
 from infra.runs.show import (
-    cells,
+    Sheet,
     figure,
     learning_table,
     phases_table,
     seconds_by_phase,
-    table,
     traffic_of,
 )
 
@@ -90,7 +89,7 @@ def summary(
     return {
         "schema": SCHEMA,
         "mode": {"name": settings.mode, "private": private, "meaning": words},
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "sites": list(settings.sites)},
         "seconds": round(seconds, 1),
         "learned": learned(run),
         "bits_per_byte": learning_facts(run),
@@ -134,9 +133,9 @@ def print_end(console: Console, run: RunReport, settings: Settings) -> None:
         console.print(learning)
         console.print(_before_after(run))
     console.print(phases_table(run.rounds))
-    made = table("Bytes over the whole run", ("site", "up", "down"))
+    made = Sheet("Bytes over the whole run", ("site", "up", "down"))
     for node, entry in traffic_of(run.rounds).items():
-        made.add_row(*cells(node, human_bytes(entry.up), human_bytes(entry.down)))
+        made.row(node, human_bytes(entry.up), human_bytes(entry.down))
     console.print(made)
     console.print(Text(MEANING), soft_wrap=False)
     console.print()
@@ -145,7 +144,7 @@ def print_end(console: Console, run: RunReport, settings: Settings) -> None:
 
 
 def _before_after(run: RunReport) -> Any:
-    made = table(
+    made = Sheet(
         "Held-out bits per byte, before and after",
         ("language", "before", "after", "change", "by round"),
     )
@@ -156,5 +155,5 @@ def _before_after(run: RunReport) -> Any:
         before, after = points[0][1], points[-1][1]
         change = f"{100 * (after - before) / before:+.1f} %" if before else "-"
         line = sparkline([value for _, value in points])
-        made.add_row(*cells(name, figure(before, 3), figure(after, 3), change, line))
+        made.row(name, figure(before, 3), figure(after, 3), change, line)
     return made

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from infra.demo.federation import Federation
 from infra.runs.facts import RoundReport, RunReport, human_bytes
-from infra.runs.show import cells, learning_table, phase_text, round_line, table
+from infra.runs.show import Sheet, learning_table, phase_text, round_line
 
 _WAITING: Final = "-"
 
@@ -89,7 +89,7 @@ class View:
         return Group(*parts)
 
     def _sites_table(self, current: RoundReport, run: RunReport) -> RenderableType:
-        made = table(
+        made = Sheet(
             "Sites", ("site", "this phase", "step", "local loss (nats)", "up", "down"),
             text_columns=2,
         )  # fmt: skip
@@ -105,7 +105,7 @@ class View:
             state = "done" if site in current.ready else "working"
             if site not in self._federation.household:
                 state = "not running"
-            made.add_row(*cells(site, state, step, loss, human_bytes(up), human_bytes(down)))
+            made.row(site, state, step, loss, human_bytes(up), human_bytes(down))
         return made
 
     def _training_at(self, site: str, current: RoundReport) -> tuple[str, str]:

@@ -84,8 +84,10 @@ class AdminClient:
             certificate_chain=operator.certificate,
         )
         self._channel = grpc.secure_channel(operator.address, credentials, options=_OPTIONS)
-        self._admin: Any = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
-        self._bulk: Any = bulk_pb2_grpc.BulkStub(self._channel)  # type: ignore[no-untyped-call]
+        admin_stub: Any = admin_pb2_grpc.AdminStub  # generated without types
+        bulk_stub: Any = bulk_pb2_grpc.BulkStub
+        self._admin = admin_stub(self._channel)
+        self._bulk = bulk_stub(self._channel)
         self._put = self._channel.stream_unary("/minga.v1.Bulk/Put", None, None)
         self._fetch = self._channel.unary_stream("/minga.v1.Bulk/Fetch", None, None)
 

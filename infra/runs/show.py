@@ -22,17 +22,28 @@ _BOX: Final = box.SIMPLE_HEAD
 _STYLES: Final = {"Released": "green", "Aborted": "yellow", "Burned": "red"}
 
 
-def table(title: str, columns: Sequence[str], *, text_columns: int = 1) -> Table:
-    """A plain table; the first ``text_columns`` are words, the others figures."""
-    made = Table(title=Text(title), title_justify="left", title_style="bold", box=_BOX)
-    for position, name in enumerate(columns):
-        made.add_column(name, justify="left" if position < text_columns else "right")
-    return made
+class Sheet:
+    """A plain table under a heading. Values become text: what came from elsewhere is no markup."""
 
+    def __init__(self, title: str, columns: Sequence[str], *, text_columns: int = 1) -> None:
+        """The first ``text_columns`` are words, the others figures."""
+        self._title = Text(title, style="bold")
+        self._table = Table(box=_BOX)
+        for position, name in enumerate(columns):
+            self._table.add_column(name, justify="left" if position < text_columns else "right")
 
-def cells(*values: object) -> list[RenderableType]:
-    """Values as table cells; text from elsewhere stays text."""
-    return [value if isinstance(value, Text) else Text(str(value)) for value in values]
+    def row(self, *values: object) -> None:
+        """Add a row."""
+        self._table.add_row(
+            *(value if isinstance(value, Text) else Text(str(value)) for value in values)
+        )
+
+    def line(self) -> None:
+        """Draw a line below the rows so far."""
+        self._table.add_section()
+
+    def __rich__(self) -> RenderableType:
+        return Group(self._title, self._table)
 
 
 def figure(value: float | None, digits: int) -> str:
@@ -49,16 +60,14 @@ def runs_table(runs: Sequence[RunReport]) -> RenderableType:
     """All runs, one line each."""
     if not runs:
         return Text("no runs")
-    made = table("Runs", ("run", "status", "submitted (UTC)", "plan", "rounds"), text_columns=4)
+    made = Sheet("Runs", ("run", "status", "submitted (UTC)", "plan", "rounds"), text_columns=4)
     for run in runs:
-        made.add_row(
-            *cells(
-                run.run,
-                run.status,
-                f"{run.submitted_at:%Y-%m-%d %H:%M:%S}",
-                f"{run.plan_digest[:12]}…",
-                run.rounds_planned,
-            )
+        made.row(
+            run.run,
+            run.status,
+            f"{run.submitted_at:%Y-%m-%d %H:%M:%S}",
+            f"{run.plan_digest[:12]}…",
+            run.rounds_planned,
         )
     return made
 
@@ -78,26 +87,27 @@ def used_phases(rounds: Sequence[RoundReport]) -> tuple[str, ...]:
     return tuple(phase for phase in PHASES if phase in seen)
 
 
-def phases_table(rounds: Sequence[RoundReport]) -> Table:
+def phases_table(rounds: Sequence[RoundReport]) -> Sheet:
     """Seconds per phase, one line for each round."""
     phases = used_phases(rounds)
-    made = table("Seconds per phase", ("round", "phase now", *phases, "in all"), text_columns=2)
+    made = Sheet("Seconds per phase", ("round", "phase now", *phases, "in all"), text_columns=2)
     for round_ in rounds:
         spent = seconds_by_phase(round_)
-        made.add_row(
-            *cells(round_.round.number, phase_text(round_.phase)),
-            *cells(*(figure(spent.get(phase), 2) for phase in phases)),
-            *cells(figure(round_.seconds, 2)),
+        made.row(
+            round_.round.number,
+            phase_text(round_.phase),
+            *(figure(spent.get(phase), 2) for phase in phases),
+            figure(round_.seconds, 2),
         )
     return made
 
 
-def learning_table(run: RunReport) -> Table | None:
+def learning_table(run: RunReport) -> Sheet | None:
     """Held-out bits per byte by language; None where nothing was evaluated."""
     languages = run.languages()
     if not languages:
         return None
-    made = table(
+    made = Sheet(
         "Held-out bits per byte of the model each round starts from (lower is better)",
         ("round", *languages, "all", "training loss (nats/token)"),
     )
@@ -106,16 +116,17 @@ def learning_table(run: RunReport) -> Table | None:
             round_.evaluations[language].bits_per_byte if language in round_.evaluations else None
             for language in languages
         ]
-        made.add_row(
-            *cells(round_.round.number),
-            *cells(*(figure(value, 3) for value in values)),
-            *cells(figure(round_.bits_per_byte, 3), figure(round_.training_loss, 3)),
+        made.row(
+            round_.round.number,
+            *(figure(value, 3) for value in values),
+            figure(round_.bits_per_byte, 3),
+            figure(round_.training_loss, 3),
         )
     if len(run.learning()) > 1:
         lines = [sparkline([value for _, value in run.learning(name)]) for name in languages]
         whole = sparkline([value for _, value in run.learning()])
-        made.add_section()
-        made.add_row(*cells("shape", *lines, whole, ""))
+        made.line()
+        made.row("shape", *lines, whole, "")
     return made
 
 
@@ -134,14 +145,14 @@ def traffic_of(rounds: Sequence[RoundReport]) -> dict[str, Traffic]:
     return dict(sorted(total.items()))
 
 
-def traffic_table(rounds: Sequence[RoundReport]) -> Table:
+def traffic_table(rounds: Sequence[RoundReport]) -> Sheet:
     """Bytes up and down, and the verdict on the model, one line for each node."""
-    made = table("Traffic of the nodes", ("node", "last verdict", "up", "down"), text_columns=2)
+    made = Sheet("Traffic of the nodes", ("node", "last verdict", "up", "down"), text_columns=2)
     for node, entry in traffic_of(rounds).items():
         verdict = entry.confirmed
         if verdict and not verdict.startswith("objection"):
             verdict = f"model {verdict[:12]}… confirmed"
-        made.add_row(*cells(node, verdict or "-", human_bytes(entry.up), human_bytes(entry.down)))
+        made.row(node, verdict or "-", human_bytes(entry.up), human_bytes(entry.down))
     return made
 
 

@@ -17,12 +17,11 @@ from rich.text import Text
 from infra.runs.client import AdminClient
 from infra.runs.facts import RoundReport, RunReport
 from infra.runs.show import (
+    Sheet,
     activity,
-    cells,
     learning_table,
     phase_text,
     round_line,
-    table,
     why_line,
 )
 from protocols.errors import NotReadyError
@@ -67,13 +66,13 @@ def nodes_table(
     current: RoundReport | None, nodes: Sequence[admin_pb2.NodeFacts]
 ) -> RenderableType:
     """Who has done what the phase asks for, and what everybody says they are doing."""
-    made = table("Nodes", ("node", "this phase", "doing"), text_columns=3)
+    made = Sheet("Nodes", ("node", "this phase", "doing"), text_columns=3)
     ready = set(current.ready) if current else set()
     name = str(current.round) if current else ""
     for node in sorted(nodes, key=lambda entry: entry.node):
         mine = [p for p in node.progress if f"{p.round.run}/{p.round.number}" == name]
         doing = activity(max(mine, key=lambda p: p.at_ms)) if mine else (node.state or "not seen")
-        made.add_row(*cells(node.node, "done" if node.node in ready else "waiting", doing))
+        made.row(node.node, "done" if node.node in ready else "waiting", doing)
     return made
 
 
