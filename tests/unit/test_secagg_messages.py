@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -227,6 +228,19 @@ def test_golden_messages_parse():
         "Reveal",
         "Transcript",
     }
+
+
+def test_the_specification_states_the_real_sizes():
+    """``COMMIT  ...  412 bytes`` in the text is the size of the golden message of that kind."""
+    spec = (GOLDEN.parent / "spec" / "masked-update.md").read_text(encoding="utf-8")
+    stated = {
+        name: int(size)
+        for name, size in re.findall(r"^([A-Z]+) .*?(\d+) bytes", spec, re.MULTILINE)
+    }
+    rows = json.loads((GOLDEN / "secagg-messages.json").read_bytes())["messages"]
+    sizes = {row["kind"].upper(): len(row["bytes"]) // 2 for row in rows}
+    assert stated.keys() == {"READY", "DEAL", "UPLOAD", "COMMIT", "ABORT"}
+    assert stated == {name: sizes[name] for name in stated}
 
 
 # -- secrets -----------------------------------------------------------------------------------
