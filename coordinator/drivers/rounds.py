@@ -214,6 +214,11 @@ class RoundDriver:
             raise
         return work
 
+    @property
+    def drives(self) -> bool:
+        """Whether this process held the lease at its last pass."""
+        return self._fence is not None
+
     async def settle(self) -> None:
         """Wait until nothing is being added up any more: for simulations."""
         while self._adding:
