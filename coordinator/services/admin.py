@@ -178,7 +178,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         operator = await self._callers.operator(context)
         run_id, now = parse_run_id(request.run), self._clock.now()
         reason = read_text(request.reason, what="a reason") or f"by operator {operator.name}"
-        return await self._ledger.run("stop_run", lambda tx: stop(tx, run_id, reason, now))
+        await self._ledger.run("stop_run", lambda tx: stop(tx, run_id, reason, now))
+        return await self._ledger.read("show_run", lambda tx: full_facts(tx, run_id, now))
 
 
 def submit(tx: Tx, plan: Plan, snapshot: bytes, operator: str, now: datetime) -> admin_pb2.RunFacts:
@@ -193,8 +194,8 @@ def submit(tx: Tx, plan: Plan, snapshot: bytes, operator: str, now: datetime) ->
     return run_facts(tx.add_run(plan, snapshot, now, by=operator))
 
 
-def stop(tx: Tx, run_id: RunId, reason: str, now: datetime) -> admin_pb2.RunFacts:
-    """Stop a run and, where that is still harmless, its round.
+def stop(tx: Tx, run_id: RunId, reason: str, now: datetime) -> None:
+    """Stop a run and, where that is still harmless, its round. Again is no error.
 
     Raises:
         NotFoundError: there is no such run.
@@ -208,7 +209,6 @@ def stop(tx: Tx, run_id: RunId, reason: str, now: datetime) -> admin_pb2.RunFact
         for row in tx.newest_rounds(run_id):
             if not row.final:
                 advance(tx, row.round, StopRequested(reason), now, transaction="stop_run")
-    return full_facts(tx, run_id, now)
 
 
 def look_on(tx: Tx, run_id: RunId, after: int) -> tuple[list[HistoryRow], int, bool]:
