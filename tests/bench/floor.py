@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.bench.certificates import make_identities
@@ -31,8 +32,8 @@ def vector_bytes(params: int) -> int:
 
 def measure(
     *, nodes: int, up: int, down: int, disk: bool, repetitions: int, folder: Path, timeout_s: float
-) -> tuple[list[dict[str, float]], float]:
-    """Run the floor; returns the times of each repetition, and the server's peak memory in MB.
+) -> list[dict[str, float]]:
+    """Run the floor; returns the times of each repetition.
 
     Args:
         nodes: how many node processes.
@@ -73,17 +74,20 @@ def measure(
             raise ChildProcessError(f"the floor took longer than {timeout_s:.0f} s") from None
         if status != 0:
             raise ChildProcessError(f"the floor's server failed: {stage.tail('server')}")
-        lines = [
-            json.loads(line) for line in (stage.folder / "server.log").read_text().splitlines()
-        ]
-    return lines[:-1], lines[-1]["peak_rss_kib"] * 1024 / MB
+        log = (stage.folder / "server.log").read_text()
+    return [json.loads(line) for line in log.splitlines()]
 
 
-def round_row(*, params: int, nodes: int, rounds: int, work: Path | None = None) -> Row:
-    """``nodes`` x 2.5 B/param up, then the same down to each; one warm-up, then ``rounds``."""
+def measure_rounds(
+    *, params: int, nodes: int, rounds: int, work: Path | None = None
+) -> list[float]:
+    """``nodes`` x 2.5 B/param up, then the same down to each: seconds of each of ``rounds``.
+
+    One more is run first, as warm-up.
+    """
     size = vector_bytes(params)
     with tempfile.TemporaryDirectory(prefix="minga-floor-", dir=work) as folder:
-        times, rss = measure(
+        times = measure(
             nodes=nodes,
             up=size,
             down=size,
@@ -92,25 +96,36 @@ def round_row(*, params: int, nodes: int, rounds: int, work: Path | None = None)
             folder=Path(folder),
             timeout_s=120 + 30 * (rounds + 1),
         )
+    return [line["round_s"] for line in times[1:]]
+
+
+def round_row(seconds: Sequence[float], *, params: int, nodes: int) -> Row:
+    """One row of what ``measure_rounds`` found.
+
+    The floor's memory is left out: it is that of a Python process and two buffers.
+    """
+    size = vector_bytes(params)
     return Row(
         what=round_work(params=params, nodes=nodes),
         system=FLOOR,
         params=params,
         nodes=nodes,
-        seconds_per_round=Spread.of([line["round_s"] for line in times[1:]]),
-        server_peak_rss_mb=rss,
+        seconds_per_round=Spread.of(seconds),
         bytes_per_node={"up": size, "down": size},
         note=f"Minga's bytes at 20 bits, stored and fsynced in 4 MiB units on both sides; "
-        f"{rounds} repetitions after one warm-up",
+        f"{len(seconds)} repetitions, half of them before and half after ours",
     )
 
 
-def bulk_rows(*, repetitions: int, work: Path | None = None) -> list[Row]:
-    """One TLS connection up and down, memory to memory and with a durable receiver, MB/s."""
-    rows = []
+Speeds = dict[tuple[str, str], list[float]]  # (system, way) -> MB/s of each repetition
+
+
+def measure_bulk(*, repetitions: int, work: Path | None = None) -> Speeds:
+    """One TLS connection up and down, memory to memory and with a durable receiver."""
+    speeds: Speeds = {}
     for disk, system in ((False, RAW_TLS), (True, FLOOR)):
         with tempfile.TemporaryDirectory(prefix="minga-floor-", dir=work) as folder:
-            times, _ = measure(
+            times = measure(
                 nodes=1,
                 up=BULK_BYTES,
                 down=BULK_BYTES,
@@ -120,28 +135,20 @@ def bulk_rows(*, repetitions: int, work: Path | None = None) -> list[Row]:
                 timeout_s=120 + 30 * (repetitions + 1),
             )
         for way in ("up", "down"):
-            speeds = [BULK_BYTES / line[f"{way}_s"] / MB for line in times[1:]]
-            rows.append(
-                Row(
-                    what=BULK.format(way=way),
-                    system=system,
-                    nodes=1,
-                    mb_per_s=Spread.of(speeds),
-                    bytes_per_node={way: BULK_BYTES},
-                    note="stored and fsynced in 4 MiB units" if disk else "nothing is stored",
-                )
-            )
-    return rows
+            speeds[system, way] = [BULK_BYTES / line[f"{way}_s"] / MB for line in times[1:]]
+    return speeds
 
 
-def main() -> None:
-    """``python -m tests.bench.floor``: the floor alone."""
-    from tests.bench.rows import table
-
-    rows = bulk_rows(repetitions=3)
-    rows += [round_row(params=params, nodes=4, rounds=5) for params in (2_500_000, 25_000_000)]
-    print(table(rows))
-
-
-if __name__ == "__main__":
-    main()
+def bulk_rows(measured: Sequence[Speeds]) -> list[Row]:
+    """The rows of what ``measure_bulk`` found, each time it was called."""
+    return [
+        Row(
+            what=BULK.format(way=way),
+            system=system,
+            nodes=1,
+            mb_per_s=Spread.of([speed for speeds in measured for speed in speeds[system, way]]),
+            bytes_per_node={way: BULK_BYTES},
+            note="stored and fsynced in 4 MiB units" if system == FLOOR else "nothing is stored",
+        )
+        for system, way in measured[0]
+    ]

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import ssl
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +48,50 @@ def send(connection: ssl.SSLSocket, source: memoryview, count: int) -> None:
         sent += size
 
 
-def receive(connection: ssl.SSLSocket, unit: memoryview, count: int, path: Path | None) -> None:
-    """Receive ``count`` bytes; with a path, store and fsync each unit before reading on."""
-    file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        left = count
-        while left:
-            want, got = min(UNIT, left), 0
-            while got < want:
-                read = connection.recv_into(unit[got:want])
-                if not read:
-                    raise ConnectionError("the other side closed the connection")
-                got += read
+class Receiver:
+    """Receives on one connection. While one unit is stored, the next one arrives."""
+
+    def __init__(self, connection: ssl.SSLSocket) -> None:
+        self._connection = connection
+        self._units = [memoryview(bytearray(UNIT)), memoryview(bytearray(UNIT))]
+        self._storing = ThreadPoolExecutor(max_workers=1)
+
+    def receive(self, count: int, path: Path | None) -> None:
+        """Receive ``count`` bytes; with a path, return when the last of them is durable."""
+        file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        stored: Future[None] | None = None
+        try:
+            left = count
+            while left:
+                unit = self._units[0][: min(UNIT, left)]
+                self._fill(unit)
+                left -= len(unit)
+                if file is not None:
+                    if stored is not None:
+                        stored.result()
+                    stored = self._storing.submit(store, file, unit)
+                    self._units.reverse()
+            if stored is not None:
+                stored.result()
+        finally:
             if file is not None:
-                written = 0
-                while written < want:
-                    written += os.write(file, unit[written:want])
-                os.fsync(file)
-            left -= want
-    finally:
-        if file is not None:
-            os.close(file)
+                os.close(file)
+
+    def _fill(self, unit: memoryview) -> None:
+        got = 0
+        while got < len(unit):
+            read = self._connection.recv_into(unit[got:])
+            if not read:
+                raise ConnectionError("the other side closed the connection")
+            got += read
+
+
+def store(file: int, unit: memoryview) -> None:
+    """Append one unit and make it durable."""
+    written = 0
+    while written < len(unit):
+        written += os.write(file, unit[written:])
+    os.fsync(file)
 
 
 def serve(job: dict[str, Any]) -> None:
@@ -78,13 +101,13 @@ def serve(job: dict[str, Any]) -> None:
     failures: list[str] = []
 
     def one(connection: ssl.SSLSocket, index: int) -> None:
-        unit = memoryview(bytearray(UNIT))
+        receiver = Receiver(connection)
         path = folder / f"up-{index}" if job["disk"] else None
         try:
             for _ in range(job["repetitions"]):
                 barrier.wait()
                 connection.sendall(b"U")
-                receive(connection, unit, job["up"], path)
+                receiver.receive(job["up"], path)
                 barrier.wait()  # the sum exists only when every upload does
                 connection.sendall(b"D")
                 send(connection, source, job["down"])
@@ -126,7 +149,6 @@ def serve(job: dict[str, Any]) -> None:
         sys.exit(f"the floor failed: {'; '.join(failures)}")
     for thread in threads:
         thread.join()
-    print(json.dumps({"peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
 
 
 def node(job: dict[str, Any]) -> None:
@@ -140,7 +162,7 @@ def node(job: dict[str, Any]) -> None:
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection = context(job, server=False).wrap_socket(plain, server_hostname="localhost")
     source = memoryview(os.urandom(UNIT))
-    unit = memoryview(bytearray(UNIT))
+    receiver = Receiver(connection)
     path = Path(job["folder"]) / f"down-{job['index']}" if job["disk"] else None
     while (command := connection.recv(1)) in (b"U", b"D"):
         if command == b"U":
@@ -148,7 +170,7 @@ def node(job: dict[str, Any]) -> None:
                 path.unlink(missing_ok=True)
             send(connection, source, job["up"])
         else:
-            receive(connection, unit, job["down"], path)
+            receiver.receive(job["down"], path)
             connection.sendall(b"A")
     if command != b"Q":
         sys.exit("the floor's server closed the connection")

@@ -38,6 +38,8 @@ class Stage:
         self._started: list[subprocess.Popen[bytes]] = []
         self._roles: dict[tuple[int, str], str | None] = {}  # (pid, start time) -> role, if ours
         self._peak: dict[str, int] = {}  # role -> highest sum of resident bytes at one moment
+        self._private: dict[str, int] = {}  # the same without pages of mapped files
+        self._peak_at: dict[str, float] = {}  # when the first of these was, seconds since 1970
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="memory", daemon=True)
 
@@ -112,6 +114,15 @@ class Stage:
         peak = self._peak.get(role)
         return None if peak is None else peak / MB
 
+    def peak_private_mb(self, role: str) -> float | None:
+        """The same without the pages of mapped files, which the kernel takes back when it must."""
+        peak = self._private.get(role)
+        return None if peak is None else peak / MB
+
+    def peak_at(self, role: str) -> float | None:
+        """When ``peak_rss_mb`` was reached, seconds since 1970."""
+        return self._peak_at.get(role)
+
     def mine(self) -> dict[int, str]:
         """Every living process of this stage: pid -> role."""
         found = {}
@@ -141,13 +152,17 @@ class Stage:
     def _watch(self) -> None:
         page = os.sysconf("SC_PAGE_SIZE")
         while not self._done.wait(SAMPLE_S):
-            now: dict[str, int] = {}
+            now: dict[str, tuple[int, int]] = {}
             for pid, role in self.mine().items():
-                with contextlib.suppress(OSError, IndexError):
-                    resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-                    now[role] = now.get(role, 0) + resident * page
-            for role, total in now.items():
-                self._peak[role] = max(total, self._peak.get(role, 0))
+                with contextlib.suppress(OSError, IndexError, ValueError):
+                    fields = Path(f"/proc/{pid}/statm").read_text().split()
+                    resident, shared = int(fields[1]) * page, int(fields[2]) * page
+                    all_, private = now.get(role, (0, 0))
+                    now[role] = (all_ + resident, private + resident - shared)
+            for role, (all_, private) in now.items():
+                if all_ > self._peak.get(role, 0):
+                    self._peak[role], self._peak_at[role] = all_, time.time()
+                self._private[role] = max(private, self._private.get(role, 0))
 
     def _end_all(self) -> None:
         for kind, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):

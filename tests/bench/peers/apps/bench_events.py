@@ -20,7 +20,7 @@ PERIOD = 65521  # a prime: no two pieces of the model of any usual size are alik
 GRAIN = 2.0**-24
 
 
-def first_model(floats):
+def first_model(floats: int) -> "np.ndarray":
     """The model that round 0 starts from, float32, shape [floats]; values below 0.004.
 
     Not constant, because a system that sends equal pieces once would send a constant model in no
