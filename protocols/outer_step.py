@@ -40,7 +40,7 @@ from protocols.tensors.layout import Run, VectorLayout
 from protocols.tensors.manifest import Manifest
 from protocols.tensors.metrics import decode_metrics
 from protocols.tensors.ordered import ordered_map
-from protocols.tensors.planar import PackedVector
+from protocols.tensors.planar import PackedVector, Reader
 from protocols.tensors.ring import Ring
 from protocols.tensors.scales import Scales, next_scales
 from protocols.tensors.sizes import BLOCK, CHUNK, UNIT, WEIGHT_ONE
@@ -51,13 +51,17 @@ from protocols.tlog.merkle import leaf_hash
 # (file, offset in bytes, bytes): ``theta`` or a buffer's name. Called once for every unit, in any
 # order and from several threads; the bytes are only valid during the call.
 Writer = Callable[[str, int, memoryview], None]
+# An array (may be a mapped file), or ``read(offset, length)`` in bytes: then memory stays flat.
+FloatSource = Float32 | Reader
 SumReader = PackedVector | bytes | bytearray | memoryview | Callable[[int], NDArray[np.uint32]]
 
 THETA = "theta"
 _UNIT_COORDINATES = UNIT // 4
 
 __all__ = [
+    "THETA",
     "Average",
+    "FloatSource",
     "Nesterov",
     "OuterOptimizer",
     "OuterResult",
@@ -104,8 +108,8 @@ def apply_outer_step(
     layout: VectorLayout,
     manifest: Manifest,
     snapshot_counters: Mapping[str, int],
-    theta: Float32,
-    buffers: Mapping[str, Float32],
+    theta: FloatSource,
+    buffers: Mapping[str, FloatSource],
     scales: Scales,
     sum_reader: SumReader,
     ring: Ring,
@@ -123,11 +127,12 @@ def apply_outer_step(
         layout: of the round.
         manifest: of the model.
         snapshot_counters: counters of the snapshot that the round started from.
-        theta: float32, shape [D], read only; may be a mapped file.
-        buffers: outer buffers by name, float32, shape [D], read only; missing ones are zeros.
+        theta: float32, shape [D], read only; an array, or a reader of its file, which keeps memory
+            flat where the pages of a mapped file would count.
+        buffers: outer buffers by name, as theta; missing ones are zeros.
         scales: those of the round.
-        sum_reader: S as a packed vector (buffer or PackedVector), or a function from a chunk's
-            index to its residues, uint32.
+        sum_reader: S as a packed vector (a buffer, or a PackedVector over a buffer or a reader), or
+            a function from a chunk's index to its residues, uint32.
         ring: of the plan.
         nodes: number of survivors.
         roster: number of nodes in the plan; it fixes the clamp limit, known before the round.
@@ -159,8 +164,8 @@ def apply_outer_step(
         optimizer=optimizer,
         layout=layout,
         manifest=manifest,
-        theta=np.asarray(theta),
-        buffers={n: None if a is None else np.asarray(a) for n, a in state.items()},
+        theta=theta,
+        buffers=state,
         scales=scales,
         source=source,
         limit=ring.noisy_limit() if noisy else nodes * ring.clamp_limit(roster),
@@ -196,8 +201,8 @@ def _following(
     )
 
 
-def _check_size(name: str, array: Float32 | None, manifest: Manifest) -> None:
-    if array is None:
+def _check_size(name: str, array: FloatSource | None, manifest: Manifest) -> None:
+    if array is None or callable(array):  # a reader's size is checked unit by unit
         return
     if array.dtype != np.float32 or array.shape != (manifest.coordinates,):
         raise ManifestMismatchError(
@@ -303,8 +308,8 @@ class _Job:
     optimizer: OuterOptimizer
     layout: VectorLayout
     manifest: Manifest
-    theta: Float32
-    buffers: Mapping[str, Float32 | None]
+    theta: FloatSource
+    buffers: Mapping[str, FloatSource | None]
     scales: Scales
     source: _SumSource
     limit: int
@@ -358,18 +363,20 @@ class _Job:
         begin = index * _UNIT_COORDINATES
         end = min(begin + _UNIT_COORDINATES, self.manifest.coordinates)
         out = {name: array[: end - begin] for name, array in scratch.out.items()}
+        theta = _load(THETA, self.theta, begin, end)
         for name, old in self.buffers.items():
-            np.copyto(out[name], 0.0 if old is None else old[begin:end])
+            np.copyto(out[name], 0.0 if old is None else _load(name, old, begin, end))
         squares: dict[int, int] = {}
         max_abs, done = 0, begin
         # Overflow and NaN are looked for in the result; warnings would only repeat it.
         with np.errstate(all="ignore"):
             for run in self.layout.runs(begin, end):
-                rest = self.theta[done : run.theta_start]
-                np.copyto(out[THETA][done - begin : run.theta_start - begin], rest)
-                max_abs = max(max_abs, self._step(run, begin, out, squares, scratch))
+                rest = slice(done - begin, run.theta_start - begin)
+                np.copyto(out[THETA][rest], theta[rest])
+                top = self._step(run, begin, theta, out=out, squares=squares, scratch=scratch)
+                max_abs = max(max_abs, top)
                 done = run.theta_stop
-        np.copyto(out[THETA][done - begin :], self.theta[done:end])
+        np.copyto(out[THETA][done - begin :], theta[done - begin :])
         hashes = {}
         for name, array in out.items():
             view = array.data.cast("B")
@@ -381,11 +388,14 @@ class _Job:
         self,
         run: Run,
         begin: int,
+        theta: Float32,
+        *,
         out: Mapping[str, Float32],
         squares: dict[int, int],
         scratch: _Scratch,
     ) -> int:
-        """Step the coordinates of a run into ``out``, a unit that begins at ``begin``; max |S|."""
+        """Step the coordinates of a run from ``theta`` into ``out``, both a unit that begins at
+        ``begin``; returns the largest |S|."""
         max_abs = 0
         for at in range(run.theta_start, run.theta_stop, self.optimizer.tile):
             stop = min(at + self.optimizer.tile, run.theta_stop)
@@ -394,7 +404,7 @@ class _Job:
             max_abs = max(max_abs, self._mean(first, mean, squares, scratch))
             part = slice(at - begin, stop - begin)
             self.optimizer.step(
-                theta=self.theta[at:stop],
+                theta=theta[part],
                 mean=mean,
                 out=out[THETA][part],
                 buffers={name: out[name][part] for name in self.buffers},
@@ -429,6 +439,16 @@ class _Job:
             bad = start + int(np.flatnonzero(~np.isfinite(new))[0])
             name = self.manifest.tensor_at(bad)
             raise NonFiniteUpdateError(f"the next model would hold NaN or infinity in {name}")
+
+
+def _load(name: str, source: FloatSource, begin: int, end: int) -> Float32:
+    """Coordinates [begin, end) of theta or a buffer."""
+    if not callable(source):
+        return np.asarray(source[begin:end])
+    data = np.frombuffer(source(4 * begin, 4 * (end - begin)), np.float32)
+    if data.size != end - begin:
+        raise ManifestMismatchError(f"{name} is shorter than the manifest says")
+    return data
 
 
 def _norm(squares: Mapping[int, int], scales: Scales, weight: int) -> float:

@@ -15,6 +15,7 @@ itself. One carry at the end joins them. Normative text: protocols/spec/vector.m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from threading import local
 
 import numpy as np
 from numpy.typing import NDArray
@@ -269,12 +270,24 @@ class PackedVector:
         """Raises: MalformedMessageError: a buffer of the wrong length."""
         self.coordinates = coordinates
         self.ring = ring
-        self._read: Reader
+        self._read: Reader | None = None
+        self._flat = np.empty(0, np.uint8)
+        self._last = local()  # the latest chunk that each thread has read
         if callable(source):
             self._read = source
         else:
-            flat = _as_bytes(source, packed_size(coordinates, ring))
-            self._read = lambda offset, length: flat[offset : offset + length]
+            self._flat = _as_bytes(source, packed_size(coordinates, ring))
+
+    def _chunk(self, index: int, length: int) -> NDArray[np.uint8]:
+        offset = packed_offset(index, self.ring)
+        if self._read is None:
+            return self._flat[offset : offset + length]
+        if getattr(self._last, "index", None) != index:
+            self._last.index = None  # a failed read leaves no chunk under a wrong name
+            self._last.flat = _as_bytes(self._read(offset, length), length)
+            self._last.index = index
+        flat: NDArray[np.uint8] = self._last.flat
+        return flat
 
     def read_centred(self, start: int, stop: int, out: NDArray[np.int32]) -> None:
         """Centred coordinates [start, stop) into ``out``, int32, shape [stop - start]."""
@@ -286,8 +299,7 @@ class PackedVector:
             base = index * CHUNK
             m = min(CHUNK, self.coordinates - base)
             cut = min(stop, base + m)
-            length = self.ring.bytes_per_chunk(m)
-            flat = _as_bytes(self._read(packed_offset(index, self.ring), length), length)
+            flat = self._chunk(index, self.ring.bytes_per_chunk(m))
             part = out[at - start : cut - start]
             unpack_range(flat, m, self.ring, start=at - base, stop=cut - base, out=part)
             at = cut

@@ -177,6 +177,7 @@ def test_threads_and_kinds_of_reader_do_not_matter(outer, tmp_path):
     packed = encode(delta, layout, scales, RING, roster=1)
     theta.tofile(tmp_path / "theta.f32")
     mapped = np.memmap(tmp_path / "theta.f32", "<f4", "r")
+    read = reader_of(theta.tobytes())
 
     def chunk(index):
         start, stop = layout.chunk(index)
@@ -184,14 +185,14 @@ def test_threads_and_kinds_of_reader_do_not_matter(outer, tmp_path):
         return unpack(packed[offset : offset + size], stop - start, RING)
 
     for source, options in (
-        (packed, {"threads": 3}),
-        (chunk, {}),
-        (chunk, {"threads": 2}),
-        (PackedVector(packed, layout.coordinates, RING), {}),
-        (PackedVector(reader_of(packed), layout.coordinates, RING), {"threads": 2}),
+        (packed, {"theta": mapped, "threads": 3}),
+        (chunk, {"theta": mapped}),
+        (chunk, {"theta": read, "threads": 2}),
+        (PackedVector(packed, layout.coordinates, RING), {"theta": read}),
+        (PackedVector(reader_of(packed), layout.coordinates, RING), {"theta": read, "threads": 2}),
     ):
         result, again = outer_step(
-            source, manifest=WIDE, layout=layout, theta=mapped, scales=scales, ring=RING,
+            source, manifest=WIDE, layout=layout, scales=scales, ring=RING,
             nodes=1, outer=outer, **options,
         )  # fmt: skip
         assert result == first
@@ -447,6 +448,11 @@ def attempt(packed: bytes, **changes):
         ("8.1 scales", given_sum(), {"scales": Scales(np.ones(1))},
          ManifestMismatchError),
         ("8.1 theta", given_sum(), {"theta": np.zeros(5, np.float32)}, ManifestMismatchError),
+        ("8.1 a short file of theta", given_sum(), {"theta": reader_of(bytes(4 * 29))},
+         ManifestMismatchError),
+        ("8.1 a short file of a buffer", given_sum(),
+         {"outer": NESTEROV, "buffers": {"momentum": reader_of(bytes(4 * 29))}},
+         ManifestMismatchError),
         ("8.1 float64", given_sum(), {"theta": np.zeros(30)}, ManifestMismatchError),
         ("8.1 a buffer", given_sum(),
          {"outer": NESTEROV, "buffers": {"momentum": np.zeros(5, np.float32)}},
