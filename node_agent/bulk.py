@@ -179,7 +179,11 @@ async def _append(
     progress: Progress,
     stall_s: float,
 ) -> int:
-    """Stream bytes [offset, total) of a file; return the offset that is durable there."""
+    """Stream bytes [offset, total) of a file; return the offset that is durable there.
+
+    When the other side ends the call while we write, grpc.aio reports that the write failed and
+    loses the reason. An append of nothing, which writes nothing, brings the reason out.
+    """
     watch = _Watch(offset)
 
     async def messages() -> AsyncIterator[bytes]:
@@ -197,13 +201,39 @@ async def _append(
         finally:
             os.close(descriptor)
 
+    try:
+        return await _append_call(connection, messages(), upload_id, offset, watch, stall_s=stall_s)
+    except _CutOffError:
+        await _append_call(connection, _nothing(), upload_id, offset, watch, stall_s=stall_s)
+        raise UnreachableError("the upload was cut off", retry_after_s=0.0) from None
+
+
+class _CutOffError(Exception):
+    """The call ended while it was written to; why is not known."""
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    for message in ():
+        yield message
+
+
+async def _append_call(
+    connection: Connection,
+    messages: AsyncIterator[bytes],
+    upload_id: bytes,
+    offset: int,
+    watch: _Watch,
+    *,
+    stall_s: float,
+) -> int:
     method = connection.channel.stream_unary("/minga.v1.Bulk/Append", None, None)
-    call = method(
-        messages(), metadata=(("minga-upload-bin", upload_id), ("minga-offset", str(offset)))
-    )
+    metadata = (("minga-upload-bin", upload_id), ("minga-offset", str(offset)))
+    call = method(messages, metadata=metadata)
     try:
         answer = await _unless_stalled(call, watch, stall_s=stall_s)
     except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.INTERNAL and "from Core" in (error.details() or ""):
+            raise _CutOffError from None
         raise rebuild_error(error, connection.address) from None
     except asyncio.CancelledError:
         if not call.cancelled():  # we are being cancelled, not the call
@@ -395,7 +425,7 @@ async def _stream_units(
             await asyncio.wait({checking})  # the descriptor must outlive its writer
         call.cancel()
     if index < len(blob.hashes):
-        raise UnreachableError(f"the download of blob {blob.digest} was cut off")
+        raise UnreachableError(f"the download of {blob.digest} was cut off", retry_after_s=0.0)
     return index
 
 

@@ -105,7 +105,9 @@ def rebuild_error(error: grpc.aio.AioRpcError, address: str) -> FederationError:
         return error_from_code(code, sentence, details)
     match error.code():
         case status if status in _LATER:
-            return UnreachableError(f"no answer from {address}: {sentence or error.code().name}")
+            # The backoff decides how soon to try again: it may be back at once.
+            what = sentence or status.name
+            return UnreachableError(f"no answer from {address}: {what}", retry_after_s=0.0)
         case grpc.StatusCode.UNAUTHENTICATED:
             return NotEnrolledError(sentence or f"{address} does not know this certificate")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -69,10 +69,13 @@ def end_family(
         sleep: seconds.
     """
     members = {*known, *(family(process.pid) if process.lives() else ())}
-    for member in {process} if process.lives() else members:
-        _send(member, signal.SIGTERM)  # a living head tells the others itself
-    until = monotonic() + patience_s
+    _send(process, signal.SIGTERM)
+    told, until = False, monotonic() + patience_s
     while any(member.lives() for member in members) and monotonic() < until:
+        if not told and not process.lives():  # a living head tells the others itself
+            told = True
+            for member in members:
+                _send(member, signal.SIGTERM)
         reap()
         sleep(_POLL_S)
     # Who was born meanwhile counts as well.
