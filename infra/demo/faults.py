@@ -35,7 +35,8 @@ class Struck:
     round: str
     processes: int  # killed at once
     killed_at: float  # Unix seconds
-    restarted_at: float  # Unix seconds
+    restarted_at: float | None = None  # Unix seconds
+    answered_after_s: float | None = None  # coordinator: from the restart to its first answer
     went_on_after_s: float | None = None  # from the restart to the end of the round
     ended: str = ""  # phase the round ended in
     survivors: int = 0  # nodes in the round's sum
@@ -52,19 +53,29 @@ class Struck:
         count = "1 process" if self.processes == 1 else f"{self.processes} processes"
         return f"SIGKILL: {who} ({count}) in round {self.round}, phase {self.phase}"
 
+    def restarted_line(self) -> str:
+        """That it runs again, in one sentence."""
+        after = (self.restarted_at or self.killed_at) - self.killed_at
+        return f"{self.name} started again {after:.1f} s after the kill"
+
     def went_on_line(self) -> str:
         """What came of it, in one sentence."""
         line = (
             f"round {self.round} went on: {self.ended} {self.went_on_after_s:.1f} s after the "
             f"restart, {self.survivors} nodes in the sum"
         )
+        if self.answered_after_s is not None:
+            line = f"it answered again {self.answered_after_s:.1f} s after its restart; {line}"
         if self.in_the_sum is not None:
             line += f", {self.name} {'among them' if self.in_the_sum else 'not among them'}"
         return line
 
 
 class Striker:
-    """Waits for its moment, strikes once, and watches the round to its end."""
+    """Waits for its moment, strikes once, and watches the round to its end.
+
+    ``on_entry`` kills, ``revive`` starts again, ``on_report`` says what came of it.
+    """
 
     def __init__(
         self,
@@ -111,7 +122,6 @@ class Striker:
             killed = self._federation.kill(victim)
         finally:
             household.resume(held)
-        self._federation.restart(victim, after_s=RESTART_S)
         self.struck = Struck(
             target=self._target,
             name=victim,
@@ -119,21 +129,32 @@ class Striker:
             round=str(round_),
             processes=len(killed),
             killed_at=killed_at,
-            restarted_at=self._now(),
         )
+        return self.struck
+
+    def revive(self) -> Struck:
+        """Start again what was killed, a second after the kill."""
+        if self.struck is None:
+            raise ValueError("nobody was killed")
+        wait = self.struck.killed_at + RESTART_S - self._now()
+        self._federation.restart(self.struck.name, after_s=max(0.0, wait))
+        self.struck = replace(self.struck, restarted_at=self._now())
         return self.struck
 
     def on_report(self, report: RunReport) -> Struck | None:
         """Look at the run; what came of the kill, if the round has come to its end now."""
-        if self.struck is None or self.done:
+        if self.struck is None or self.struck.restarted_at is None or self.done:
             return None
+        since = self._now() - self.struck.restarted_at
+        if self._target == "coordinator" and self.struck.answered_after_s is None:
+            self.struck = replace(self.struck, answered_after_s=since)
         for round_ in report.rounds:
             if str(round_.round) == self.struck.round and round_.ended:
                 node = self.struck.name
                 ended_at = round_.spans[-1].entered_at.timestamp()
                 self.struck = replace(
                     self.struck,
-                    went_on_after_s=self._now() - self.struck.restarted_at,
+                    went_on_after_s=since,
                     ended=round_.phase,
                     survivors=len(round_.survivors),
                     in_the_sum=node in round_.survivors if self._target == "node" else None,

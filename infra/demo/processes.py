@@ -13,9 +13,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -118,6 +119,21 @@ def end(processes: Iterable[Process], *, grace_s: float) -> None:
         time.sleep(_POLL_S)
 
 
+@contextmanager
+def _unhurried() -> Iterator[None]:
+    """A second Ctrl-C while children are being stopped must not leave some of them behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    impatient = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in impatient}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def tail(path: Path, lines: int = _TAIL) -> str:
     """The last lines of a log, indented."""
     try:
@@ -135,6 +151,7 @@ class Child:
     log: Path
     popen: subprocess.Popen[bytes]
     process: Process
+    passing: bool = False  # it may end by itself, with status 0
     family: set[Process] = field(default_factory=set)
 
     def look(self) -> None:
@@ -171,7 +188,8 @@ class Household:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        with _unhurried():
+            self.close()
 
     # -- starting --------------------------------------------------------------------------------
 
@@ -183,6 +201,7 @@ class Household:
         log: Path,
         environment: Mapping[str, str] | None = None,
         said: bytes | None = None,
+        passing: bool = False,
     ) -> Child:
         """Start a child; what it prints is appended to ``log``.
 
@@ -192,6 +211,7 @@ class Household:
             log: its diagnostics.
             environment: variables added to ours.
             said: what it reads from its standard input; at most a few kilobytes.
+            passing: whether it ends by itself when it is done, see ``finish``.
         """
         if name in self._children:
             raise ValueError(f"{name} runs already")
@@ -210,7 +230,7 @@ class Household:
                 pipe.write(said or b"")
         entry = _process_table().get(popen.pid)
         process = Process(popen.pid, entry.started if entry else "")
-        child = Child(name=name, log=log, popen=popen, process=process)
+        child = Child(name=name, log=log, popen=popen, process=process, passing=passing)
         self._children[name] = child
         self._write_record()
         return child
@@ -229,7 +249,16 @@ class Household:
         Raises:
             ChildDiedError: it ended with another status than 0, or not in time.
         """
-        child = self.start(name, command, log=log, said=said)
+        self.start(name, command, log=log, said=said, passing=True)
+        self.finish(name, timeout_s=timeout_s)
+
+    def finish(self, name: str, *, timeout_s: float = 300) -> None:
+        """Wait for a child that ends by itself.
+
+        Raises:
+            ChildDiedError: it ended with another status than 0, or not in time.
+        """
+        child = self._children[name]
         try:
             status = child.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -260,9 +289,10 @@ class Household:
         """
         for child in list(self._children.values()):
             status = child.popen.poll()
-            if status is not None:
+            if status is None:
+                child.look()
+            elif status != 0 or not child.passing:
                 raise ChildDiedError(_died(child, status))
-            child.look()
 
     # -- stopping --------------------------------------------------------------------------------
 

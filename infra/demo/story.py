@@ -31,6 +31,7 @@ from infra.demo.view import View
 from infra.runs.client import AdminClient
 from infra.runs.facts import RunReport
 from infra.runs.plan_file import (
+    InitialModel,
     Submission,
     complete_plan,
     federation_of,
@@ -42,6 +43,7 @@ from protocols.identifiers import Digest, NodeId, RunId
 from protocols.tensors.snapshot import Snapshot
 
 FEDERATION: Final = "demo"
+_FIRST_MODEL: Final = "first model"
 DEFAULT_SITES: Final = 4
 VERDICTS_S: Final = 20.0  # for the nodes to say which last model they computed
 
@@ -110,7 +112,7 @@ def _play(
     if not federation.initialised:
         federation.initialise(name=FEDERATION, port=request.port)
     federation.start_coordinator()
-    _make_first_model(federation)
+    _start_first_model(federation)
     with federation.client() as client:
         federation.wait_until_serving(client)
         view.say(f"coordinator serves on {federation.operator().address}, mutual TLS")
@@ -172,14 +174,15 @@ def _copy_texts(settings: Settings, federation: Federation, view: View) -> list[
     return texts
 
 
-def _make_first_model(federation: Federation) -> None:
+def _start_first_model(federation: Federation) -> None:
+    """Begin to make the model of round 0, while the sites join; ``_first_model`` waits for it."""
     start = federation.folder / "start"
     if (start / "manifest.json").exists():
         return
     start.mkdir(exist_ok=True)
     (start / "model.json").write_text(json.dumps({"model": MODEL}, indent=2) + "\n")
-    federation.household.run(
-        "first model",
+    federation.household.start(
+        _FIRST_MODEL,
         federation.household.python(
             "node_agent.worker.init_model",
             "--plan",
@@ -188,7 +191,14 @@ def _make_first_model(federation: Federation) -> None:
             str(start),
         ),
         log=start / "diagnostics.log",
+        passing=True,
     )
+
+
+def _first_model(federation: Federation) -> InitialModel:
+    if _FIRST_MODEL in federation.household:
+        federation.household.finish(_FIRST_MODEL)
+    return read_initial_model(federation.folder / "start")
 
 
 def _submit(
@@ -206,7 +216,7 @@ def _submit(
         rounds=settings.rounds,
         mode=settings.mode,
     )
-    model = read_initial_model(start)
+    model = _first_model(federation)
     made: Submission = complete_plan(
         written, model, federation_of(federation.operator().certificate)
     )
@@ -258,7 +268,7 @@ def _follow(
             struck = striker.on_entry(entry, client)
             if struck is not None:
                 view.say(struck.killed_line())
-                view.say(f"{struck.name} started again after {_between(struck):.1f} s")
+                view.say(striker.revive().restarted_line())
 
     with History(federation.client, RunId(RUN)) as history:
         for report in follow(
@@ -296,10 +306,6 @@ def _wait_for_verdicts(
         same = sum(entry.confirmed == last.model_out for entry in last.traffic)
         view.say(f"{same} of {len(last.survivors)} nodes computed the very same last model")
     return run
-
-
-def _between(struck: Struck) -> float:
-    return struck.restarted_at - struck.killed_at
 
 
 def _last_words(run: RunReport) -> str:

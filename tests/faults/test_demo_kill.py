@@ -48,7 +48,8 @@ def strike(federation: Running, run: RunId, **how: str | int) -> Striker | None:
             assert time.monotonic() < give_up, federation.logs()
             entry = history.next(timeout_s=0.2)
             if entry is not None:
-                striker.on_entry(entry, federation.client)
+                if striker.on_entry(entry, federation.client) is not None:
+                    striker.revive()
             elif federation.client.show(run).ended:
                 return None
     federation.wait(run, lambda report: striker.on_report(report) is not None)

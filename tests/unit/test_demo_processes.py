@@ -80,6 +80,43 @@ def test_leaving_by_an_error_stops_everybody(tmp_path):
     assert alive(started) == frozenset()
 
 
+IMPATIENT = """
+import pathlib, signal, sys, time
+from infra.demo.processes import Household
+folder = pathlib.Path(sys.argv[1])
+stubborn = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    "print(1, flush=True); time.sleep(600)"
+)
+with Household(folder) as household:
+    child = household.start("stubborn", [sys.executable, "-c", stubborn], log=folder / "log")
+    while not (folder / "log").read_text():
+        time.sleep(0.02)
+    print(child.process.pid, child.process.started, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_leaves_nobody_behind(tmp_path):
+    """The child does not hear SIGTERM, so stopping takes its ten seconds of grace."""
+    demo = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    pid, started = demo.stdout.readline().split()
+    child = Process(int(pid), started)
+    assert alive([child]) == {child}
+
+    demo.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    demo.send_signal(signal.SIGINT)
+    demo.communicate(timeout=60)
+
+    assert alive([child]) == frozenset()
+
+
 def test_a_kill_takes_the_family_along(household, tmp_path):
     everybody = with_grandchild(household, tmp_path / "log")
 

@@ -205,7 +205,8 @@ UPLOADING = run_of(round_(1, millinats=1, phase="Uploading"), status="active")
 def test_it_kills_a_node_that_is_not_done_while_all_stand_still():
     parts = Parts("coordinator", "a", "b")
 
-    struck = striker(parts).on_entry(entry(1, "Uploading"), Client(UPLOADING))
+    made = striker(parts)
+    struck = made.on_entry(entry(1, "Uploading"), Client(UPLOADING))
 
     assert struck is not None
     assert (struck.name, struck.phase, struck.round) == ("b", "Uploading", "demo-1/1")  # a is done
@@ -214,6 +215,8 @@ def test_it_kills_a_node_that_is_not_done_while_all_stand_still():
         ("kill", "b"),
         ("resume", ("a",)),
     ]
+    assert parts.restarted == []  # not yet: whoever watches is told first
+    assert made.revive().restarted_at == 1000.0
     assert parts.restarted == [("b", 1.0)]
     assert (
         struck.killed_line() == "SIGKILL: node b (2 processes) in round demo-1/1, phase Uploading"
@@ -253,6 +256,7 @@ def test_it_strikes_once():
     made = striker(parts, target="coordinator")
 
     assert made.on_entry(entry(1, "Uploading"), Client(UPLOADING)) is not None
+    made.revive()
     assert made.on_entry(entry(1, "Uploading"), Client(UPLOADING)) is None
 
     assert parts.restarted == [("coordinator", 1.0)]
@@ -269,13 +273,19 @@ def test_the_coordinator_that_adds_is_killed_unasked():
     assert struck.name == "coordinator"
 
 
+def after_a_kill(target: str, *, killed_at: float) -> Striker:
+    """A striker whose kill and restart (a second later) are done."""
+    at = START.timestamp()
+    seconds = iter([killed_at, killed_at + 0.25, killed_at + 1, killed_at + 3, killed_at + 8.5])
+    made = striker(Parts("coordinator", "a", "b"), target=target, now=lambda: at + next(seconds))
+    made.on_entry(entry(1, "Uploading"), Client(UPLOADING))
+    made.revive()
+    return made
+
+
 @pytest.mark.parametrize(("killed_at", "unfinished"), [(4.0, True), (6.0, False)])
 def test_it_says_what_came_of_the_kill(killed_at, unfinished):
-    parts = Parts("coordinator", "a", "b")
-    at = START.timestamp()
-    times = iter([at + killed_at, at + killed_at + 1, at + 9.5])
-    made = striker(parts, now=lambda: next(times))
-    made.on_entry(entry(1, "Uploading"), Client(UPLOADING))
+    made = after_a_kill("node", killed_at=killed_at)
 
     assert made.on_report(UPLOADING) is None
     struck = made.on_report(run_of(round_(1, millinats=1)))
@@ -284,9 +294,30 @@ def test_it_says_what_came_of_the_kill(killed_at, unfinished):
     assert isinstance(struck, Struck)
     assert struck.unfinished is unfinished  # the round ended at second 5
     assert struck.in_the_sum
+    assert struck.restarted_line() == "b started again 1.0 s after the kill"
     assert struck.went_on_line() == (
-        f"round demo-1/1 went on: Released {8.5 - killed_at:.1f} s after the restart, "
-        "2 nodes in the sum, b among them"
+        "round demo-1/1 went on: Released 7.5 s after the restart, 2 nodes in the sum, b among them"
     )
     assert made.on_report(run_of(round_(1, millinats=1))) is None  # said once
     json.dumps(struck.to_json())
+
+
+def test_of_the_coordinator_it_says_when_it_answered_again():
+    made = after_a_kill("coordinator", killed_at=4.0)
+
+    assert made.on_report(UPLOADING) is None
+    struck = made.on_report(run_of(round_(1, millinats=1)))
+
+    assert struck.in_the_sum is None
+    assert struck.went_on_line().startswith(
+        "it answered again 2.0 s after its restart; round demo-1/1 went on: Released 7.5 s"
+    )
+
+
+def test_what_was_not_restarted_cannot_have_gone_on():
+    made = striker(Parts("a", "b"))
+    made.on_entry(entry(1, "Uploading"), Client(UPLOADING))
+
+    assert made.on_report(run_of(round_(1, millinats=1))) is None
+    with pytest.raises(ValueError, match="nobody was killed"):
+        striker(Parts("a", "b")).revive()
