@@ -213,7 +213,8 @@ class _CutOffError(Exception):
 
 
 async def _nothing() -> AsyncIterator[bytes]:
-    for message in ():
+    nothing: tuple[bytes, ...] = ()
+    for message in nothing:
         yield message
 
 

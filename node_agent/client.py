@@ -139,9 +139,9 @@ class Connection:
         self.channel = grpc.aio.secure_channel(
             self.address, _credentials(identity), options=list(OPTIONS)
         )
-        self.rounds: Any = rounds_pb2_grpc.RoundsStub(self.channel)  # type: ignore[no-untyped-call]
-        self.bulk: Any = bulk_pb2_grpc.BulkStub(self.channel)  # type: ignore[no-untyped-call]
-        self.renewal: Any = enrolment_pb2_grpc.RenewalStub(self.channel)  # type: ignore[no-untyped-call]
+        self.rounds: Any = rounds_pb2_grpc.RoundsStub(self.channel)
+        self.bulk: Any = bulk_pb2_grpc.BulkStub(self.channel)
+        self.renewal: Any = enrolment_pb2_grpc.RenewalStub(self.channel)
 
     def renew(self, identity: TlsIdentity, *, grace_s: float = 600.0) -> None:
         """Use another certificate from now on; calls under way have ``grace_s`` to finish."""

@@ -69,7 +69,7 @@ async def join(keys: KeyStore, invitation: Invitation, *, enrolment: str, rng: R
     )
     credentials = grpc.ssl_channel_credentials(root_certificates=root)
     async with grpc.aio.secure_channel(enrolment, credentials, options=list(OPTIONS)) as channel:
-        stub: Any = enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = enrolment_pb2_grpc.EnrolmentStub(channel)
 
         async def once() -> Any:
             try:
