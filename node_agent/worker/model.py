@@ -150,7 +150,7 @@ class ResidentModel:
                 ranks.device.type == "cuda" and self.manifest.coordinates >= CHECKPOINTING_FROM
             )
         if checkpointing:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+            self.module.activation_checkpointing_enable({"use_reentrant": False})
         if ranks.sharded:
             self._shard()
         self.module.to_empty(device=ranks.device)

@@ -131,7 +131,7 @@ class Task:
     def train(
         self, corpus: Corpus, memory: Memory | None, evaluation: list[dict[str, Any]]
     ) -> tuple[LocalStepRun, Memory]:
-        """Train in the time box; put the state away.
+        """Train in the time box.
 
         Args:
             corpus: the site's documents.
@@ -139,10 +139,10 @@ class Task:
             evaluation: rows to keep if the round is interrupted.
 
         Returns:
-            The finished run, and what to hand to the next job's ``recall``.
+            The finished run, and what to ``keep`` once its update is known to be finite.
 
         Raises:
-            JobFailedError: train.non_finite, train.no_steps, data.changed, storage.
+            JobFailedError: train.non_finite, train.no_steps, data.changed.
             JobCancelledError: nothing is kept.
             JobInterruptedError: the middle is on disk.
         """
@@ -174,15 +174,13 @@ class Task:
                 evaluation=evaluation,
                 weights={part.name: part.leaf.detach() for part in self.model.trainable},
             )
-            self._save(self._memory(run, data, untrained, partial=middle))
+            self.keep(self._memory(run, data, untrained, partial=middle))
             raise
         finally:
             text.close()
         if not run.progress.steps:
             raise JobFailedError("train.no_steps", "the deadline passed before the first step")
-        done = self._memory(run, data, untrained)
-        self._save(done)
-        return run, done
+        return run, self._memory(run, data, untrained)
 
     def _resume(self, run: LocalStepRun, memory: Memory | None) -> None:
         """Hand earlier moments and, after an interruption, the sums so far to this run."""
@@ -227,8 +225,14 @@ class Task:
             partial=partial,
         )
 
-    def _save(self, memory: Memory) -> None:
+    def keep(self, memory: Memory) -> Memory:
+        """Put the state away.
+
+        Raises:
+            JobFailedError: storage.
+        """
         state.save(self.spool.state(memory.run), memory, self.ranks)
+        return memory
 
     # -- the update ------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
     all:     model (reused while its structure stays), theta
     all:     evaluate the round's starting model
     all:     train in the time box                               interruption -> put the middle away
-    all:     save the state, then rank 0 streams delta.f32
+    all:     rank 0 streams delta.f32; save the state
     rank 0:  result.json (resident.py), last
 
 The model, the optimizer's moments and the position in the data stay in memory between rounds; the
@@ -173,13 +173,12 @@ class Trainer:
         memory = task.recall(held)
         partial = memory.partial if memory is not None else None
         evaluation = partial.evaluation if partial is not None else task.evaluate()
-        progress, my_steps = Progress(), 0
-        if brief.corpus is None:
-            self._memory = held
-        else:
-            run, self._memory = task.train(brief.corpus, memory, evaluation)
+        progress, my_steps, made = Progress(), 0, None
+        if brief.corpus is not None:
+            run, made = task.train(brief.corpus, memory, evaluation)
             progress, my_steps = run.progress, run.my_steps
-        delta = task.write_delta()
+        delta = task.write_delta()  # before the state: moments of a broken update are not kept
+        self._memory = held if made is None else task.keep(made)
         return Result(
             id=job.id,
             steps=progress.steps,

@@ -70,7 +70,7 @@ def make_plan(manifest: Manifest, *, config: dict[str, Any] | None = None, **fie
     return Plan.from_value(
         {
             "federation": "test",
-            "run": RUN,
+            "run": fields.pop("run", RUN),
             "roster": ["a"],
             "min_participants": 1,
             "rounds": 100,

@@ -1,0 +1,127 @@
+"""Two ranks under torchrun, FSDP2 over gloo, against one process on the union of their batches."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from node_agent.spool import last_status, read_status, read_worker
+from tests.support.training import Worker, make_site
+from tests.support.worker import Site, events, final, wait_for, worker
+
+pytestmark = pytest.mark.slow
+
+SGD = {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9, "grad_clip": 0.5, "proximal_mu": 0.3}
+SELECTED = ("lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight")
+
+
+def alone(root: Path, numbers: int, **plan) -> Site:
+    """The same jobs done by one process in this one."""
+    site = make_site(root, **plan)
+    one = Worker(site)
+    for number in range(numbers):
+        site.ask(number)
+    one.answer()
+    return site
+
+
+def finished(site: Site, job, process) -> None:
+    last = wait_for(lambda: final(site, job), process=process)
+    assert last.event == "done", last
+
+
+def test_two_ranks_do_what_one_process_does(tmp_path):
+    """An odd batch (5 over 2 ranks), a short last sequence, padding rows, two rounds, a selection.
+
+    1e-6 is the order of a float32 sum; the updates themselves are 0.1 and more.
+    """
+    plan = {"documents": 6, "local_step": {**SGD, "batch_size": 5, "max_steps": 4}}
+    one = alone(tmp_path / "one", 2, **plan)
+    part = make_site(tmp_path / "part", **plan)
+    part_job = part.ask(select=SELECTED)
+    Worker(part).answer()
+    two = make_site(tmp_path / "two", **plan)
+    with worker(two.spool, ranks=2) as process:
+        info = read_worker(two.spool)
+        jobs = [two.ask(number) for number in range(2)]
+        for job in jobs:
+            finished(two, job, process)
+        timed = two.ask(2, max_seconds=1.0, max_steps=None)
+        finished(two, timed, process)
+
+        # A bad job is refused on both ranks alike, and the next one is done.
+        poisoned = two.theta
+        poisoned[3] = np.nan  # a row that rank 0 holds
+        poisoned.tofile(two.root / "bad.f32")
+        bad = two.ask(3, theta=str(two.root / "bad.f32"))
+        assert wait_for(lambda: final(two, bad), process=process).code == "train.non_finite"
+        poisoned = two.theta
+        poisoned[-1] = np.nan  # and one that only rank 1 holds
+        poisoned.tofile(two.root / "bad.f32")
+        bad = two.ask(4, theta=str(two.root / "bad.f32"))
+        assert wait_for(lambda: final(two, bad), process=process).code == "train.non_finite"
+        missing = two.ask(5, data=two.data.model_copy(update={"train": ("/nowhere",)}))
+        assert wait_for(lambda: final(two, missing), process=process).code == "data.missing"
+
+        # Another selection means another sharding; the moments of the other tensors are kept.
+        again = two.ask(6, select=SELECTED, reset_optimizer=True)
+        finished(two, again, process)
+        two.spool.drain.touch()
+        assert process.wait(timeout=30) == 0
+
+    assert (info.ranks, info.backend) == (2, "gloo")
+    assert read_worker(two.spool) is None
+    for job in jobs:
+        whole, split = one.result(job), two.result(job)
+        np.testing.assert_allclose(two.delta(job), one.delta(job), atol=1e-6, rtol=0)
+        assert np.abs(one.delta(job)).max() > 0.01
+        assert (split.steps, split.tokens, split.records) == (4, whole.tokens, 20)
+        assert split.rank_steps == (4, 4)
+        assert split.loss_nats == pytest.approx(whole.loss_nats, rel=1e-6)
+        assert split.evaluation[0].nll_nats == pytest.approx(whole.evaluation[0].nll_nats, rel=1e-6)
+    steps = two.result(timed).rank_steps
+    assert steps[0] == steps[1] >= 1  # rank 0's clock decided for both
+    assert two.result(again).delta_coordinates == part.result(part_job).delta_coordinates
+
+
+def test_two_ranks_interrupted_in_the_middle_end_with_the_same_bits(tmp_path):
+    """SIGTERM to torchrun in the middle; a new torchrun takes the round up, then does it whole.
+
+    At the end one process goes on: of the moments, which are spread over ranks, nothing is left
+    to it, but the position in the data is.
+    """
+    step = {"optimizer": "adamw", "lr": 3e-3, "max_steps": 80, "batch_size": 4}
+    broken = make_site(tmp_path / "broken", local_step=step)
+    whole = make_site(tmp_path / "whole", local_step=step, run="whole")
+    whole.spool = broken.spool
+    with worker(broken.spool, ranks=2) as process:
+        job = broken.ask()
+        wait_for(lambda: "evaluated" in events(read_status(broken.spool, job.id)), process=process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    assert last_status(broken.spool, job.id).event == "interrupted"
+    meta = json.loads((broken.spool.state("tiny") / "000000.partial/meta.json").read_bytes())
+    assert meta["partial"]["progress"]["steps"] < 80
+    with worker(broken.spool, ranks=2) as process:
+        finished(broken, job, process)
+        undisturbed = whole.ask()
+        finished(whole, undisturbed, process)
+
+    assert broken.delta(job).tobytes() == whole.delta(undisturbed).tobytes()
+    assert broken.result(job).loss_nats == whole.result(undisturbed).loss_nats
+    assert broken.result(job).rank_steps == (80, 80)
+
+    after = broken.ask(1, max_steps=3)
+    Worker(broken).answer()
+    remarks = [e.message for e in read_status(broken.spool, after.id) if e.message]
+    assert any("number of ranks" in remark for remark in remarks)
+    metas = [
+        json.loads((broken.spool.state("tiny") / f"00000{number}/meta.json").read_bytes())
+        for number in range(2)
+    ]
+    assert (metas[0]["world"], metas[1]["world"]) == (2, 1)
+    assert (metas[1]["epoch"], metas[1]["index"]) > (metas[0]["epoch"], metas[0]["index"])
