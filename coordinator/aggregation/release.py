@@ -15,9 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from coordinator.blobs import Blobs, storage_errors
 from coordinator.layouts import Layouts
 from protocols.errors import CorruptStateError
@@ -26,7 +23,7 @@ from protocols.outer_step import THETA, OuterResult, apply_outer_step, next_snap
 from protocols.plan import Plan
 from protocols.round_vector import round_ring
 from protocols.tensors.manifest import Manifest
-from protocols.tensors.planar import LaneAdder, accumulate
+from protocols.tensors.planar import LaneAdder, PackedVector, accumulate
 from protocols.tensors.scales import Scales
 from protocols.tensors.snapshot import Snapshot
 
@@ -118,12 +115,13 @@ def _outer_step(
                 layout=layout,
                 manifest=manifest,
                 snapshot_counters=start.counters,
-                theta=_mapped(blobs, start.theta, manifest),
+                theta=_float_file(blobs, start.theta, manifest),
                 buffers={
-                    name: _mapped(blobs, digest, manifest) for name, digest in start.buffers.items()
+                    name: _float_file(blobs, digest, manifest)
+                    for name, digest in start.buffers.items()
                 },
                 scales=scales,
-                sum_reader=np.memmap(sum_reader.path, np.uint8, "r").data,
+                sum_reader=PackedVector(sum_reader.read, layout.coordinates, ring),
                 ring=ring,
                 nodes=survivors,
                 roster=len(plan.roster),
@@ -186,11 +184,12 @@ def _reader(path: Path, size: int, stack: ExitStack) -> Reader:
     return lambda offset, length: os.pread(handle, length, offset)
 
 
-def _mapped(blobs: Blobs, digest: Digest, manifest: Manifest) -> NDArray[np.float32]:
+def _float_file(blobs: Blobs, digest: Digest, manifest: Manifest) -> Reader:
+    """Reads theta or a buffer; mapped, its pages would count as this process's memory."""
     reader = blobs.open(digest)
     if reader.size != 4 * manifest.coordinates:
         raise CorruptStateError(
             f"blob {digest[:12]}… has {reader.size} bytes, a model of the manifest"
             f" {4 * manifest.coordinates}"
         )
-    return np.memmap(reader.path, np.float32, "r")
+    return reader.read
