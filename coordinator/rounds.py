@@ -44,6 +44,7 @@ def advance(
     transaction: str,
     node: NodeId | None = None,
     note: str = "",
+    row: RoundRow | None = None,
 ) -> Step:
     """Tell a round what happened, and record what it became.
 
@@ -57,6 +58,7 @@ def advance(
         transaction: name for history, e.g. ``join``.
         node: who caused it, if a node did.
         note: what history should say before the machine's own reason.
+        row: what ``tx.lock_round`` gave before in this transaction, if it was asked.
 
     Returns:
         The phase as recorded, and why.
@@ -65,7 +67,7 @@ def advance(
         NotFoundError: there is no such round.
         WrongPhaseError, NotListedError, EquivocationError: see ``step``; nothing was written.
     """
-    row = tx.lock_round(round_id)
+    row = row or tx.lock_round(round_id)
     answer = step(round_id, row.phase, event, now)
     if answer.phase == row.phase:
         return answer

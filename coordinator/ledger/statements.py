@@ -26,6 +26,8 @@ _BUMP = (
     .values(value=schema.ledger_version.c.value + sa.bindparam("by"))
     .returning(schema.ledger_version.c.value)
 )
+_ADD_HISTORY = sa.insert(schema.history)
+_ADD_TIMES = sa.insert(schema.phase_times)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,7 @@ class Statements:
         last: int = self._c.execute(_BUMP, {"by": len(entries)}).scalar_one()
         numbered = list(enumerate(entries, start=last - len(entries) + 1))
         self._c.execute(
-            sa.insert(schema.history),
+            _ADD_HISTORY,
             [
                 {
                     "id": number,
@@ -122,7 +124,7 @@ class Statements:
             if entry.entered and entry.round
         ]
         if times:
-            self._c.execute(sa.insert(schema.phase_times), times)
+            self._c.execute(_ADD_TIMES, times)
         return last
 
     # -- statements --------------------------------------------------------------------------

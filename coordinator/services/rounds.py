@@ -190,7 +190,9 @@ def take(
     _check_member(tx, run, event.node)
     if terms is not None:
         check_terms(run, row, event.node, terms)
-    return advance(tx, round_id, event, now, transaction=transaction, node=event.node, note=note)
+    return advance(
+        tx, round_id, event, now, transaction=transaction, node=event.node, note=note, row=row
+    )
 
 
 def _check_member(tx: Tx, run: RunRow, node: NodeId) -> None:
