@@ -291,7 +291,7 @@ def from_plain(records: Sequence[PlainRecord]) -> RecordDict:
         else:
             arrays = ArrayRecord()
             for key, a in record.values.items():
-                arrays[key] = Array(dtype=a.dtype, shape=list(a.shape), stype=a.stype, data=a.data)
+                arrays[key] = Array(dtype=a.dtype, shape=a.shape, stype=a.stype, data=a.data)
             state[record.name] = arrays
     return state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from protocols.plan import Plan
 
 _LOSSES: Final = ("train_loss", "train-loss", "loss")  # what Flower's examples call it
 _MAX_COUNT: Final = 2**53 - 1
+_PAIR: Final = re.compile(r"""([^\s=]+)=('[^']*'|"[^"]*"|[^\s'"]+)(?=\s|$)""")
 
 Scalar = bool | int | float | str
 
@@ -28,19 +29,17 @@ def parse_node_config(text: str) -> dict[str, Scalar]:
     Raises:
         ConfigurationError: names what cannot be read.
     """
+    rest = _PAIR.sub("", text).strip()
+    if rest:
+        raise ConfigurationError(f"node config: {rest:.80} is not KEY=VALUE with a TOML value")
     found: dict[str, Scalar] = {}
-    try:
-        pairs = shlex.split(text, posix=False)  # keeps the quotes, which TOML wants
-    except ValueError as error:
-        raise ConfigurationError(f"node config: {error}") from None
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
+    for key, value in _PAIR.findall(text):
         try:
             parsed = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             parsed = None
-        if not equals or not key or not isinstance(parsed, bool | int | float | str):
-            raise ConfigurationError(f"node config: {pair} is not KEY=VALUE with a TOML value")
+        if not isinstance(parsed, bool | int | float | str):
+            raise ConfigurationError(f"node config: the value of {key} is not a TOML scalar")
         found[key] = parsed
     return found
 
