@@ -158,7 +158,8 @@ class Sum:
         readys = {n: s for n, s in self.signed(READY).items() if n in members}
         missing = members - readys.keys()
         if missing:
-            raise NotReadyError(f"{self.attempt} waits for READY of {', '.join(sorted(missing))}")
+            names = ", ".join(sorted(missing))
+            raise NotReadyError(f"{self.attempt} waits for READY of {names}", retry_after_s=0.2)
         return checks.check_start(lists.make_start(readys), self.attempt)
 
     def start(self) -> Any:
@@ -241,10 +242,11 @@ def accept_message(summed: Sum, kind: str, message: Signed[Any] | DealBundle) ->
 
 
 def _phase(summed: Sum, *allowed: type[Any]) -> Phase:
-    if not isinstance(summed.row.phase, allowed):
-        name = type(summed.row.phase).__name__
+    phase: Phase = summed.row.phase
+    if not any(type(phase) is kind for kind in allowed):
+        name = type(phase).__name__
         raise WrongPhaseError(f"round {summed.row.round} is {name}: cannot take that message")
-    return summed.row.phase
+    return phase
 
 
 def _ready(summed: Sum, signed: Signed[Ready]) -> Event | None:

@@ -33,14 +33,16 @@ from node_agent.decide import (
     SayJoin,
     SayLeave,
     SayReady,
+    SecureStep,
     Train,
     Upload,
     Withdraw,
 )
-from node_agent.journal import ConfirmRecord, RoundRecord
+from node_agent.journal import ConfirmRecord, RoundRecord, UploadRecord
 from node_agent.launchers.local import LocalLauncher
 from node_agent.plan_check import check_plan
 from node_agent.rules import Refusal
+from node_agent.secure import SecureSum, dither_seed
 from node_agent.site import Site
 from node_agent.spool import DataPaths, Job, job_id, read_job, read_result
 from node_agent.view import RoundSeen, RunSeen
@@ -62,6 +64,8 @@ from protocols.outer_optimizers import optimizer_for
 from protocols.plan import Plan
 from protocols.round_vector import round_layout, round_ring
 from protocols.rounds import Released, Training
+from protocols.secagg.node import mask_adder
+from protocols.secagg.states import Masking
 from protocols.tensors.manifest import Manifest
 from protocols.upload import UploadHeader
 from protocols.wire import round_ref
@@ -93,6 +97,7 @@ class Actor:
     seen: Callable[[RoundId], tuple[RunSeen, RoundSeen]]  # the latest view of a round
     clock_offset: Callable[[], timedelta]  # coordinator's clock minus ours
     refuse: Callable[[str, Refusal], None]  # remember, for a while, why a run is refused
+    secure: SecureSum
     transfers: dict[RoundId, Transfer] = field(default_factory=dict)
 
     async def perform(self, action: Action) -> None:
@@ -122,6 +127,8 @@ class Actor:
                 await self._make_vector(action)
             case Upload():
                 await self._upload(action)
+            case SecureStep():
+                await self._secure_step(action)
             case ComputeNext():
                 await self._compute(action)
             case SayConfirm():
@@ -194,6 +201,10 @@ class Actor:
         if not record.joined:
             await self._decline(action.round, record.refusal or Refusal("site.unknown", "declined"))
             return
+        secagg = self._plan(action.round).secagg
+        if secagg is not None:
+            others = {node: key for node, key in secagg.keys.items() if node != self.site.node}
+            await asyncio.to_thread(self.site.journal.pin_keys, others)
         request = rounds_pb2.JoinRequest(
             round=round_ref(action.round), plan_digest=run.plan_digest, model_root=action.root
         )
@@ -313,8 +324,11 @@ class Actor:
                 await self._leave(round_, Refusal(error.code, str(error)))
                 return
             await asyncio.to_thread(self.site.journal.add_outcome, round_, left=None, detail=facts)
-        request = rounds_pb2.ReadyRequest(round=round_ref(round_), model_root=record.start_root)
-        await self.site.connection.ask(lambda c: c.rounds.Ready, request)
+        if plan.secagg is not None:
+            await self.secure.ready(record, plan, 1)
+        else:
+            request = rounds_pb2.ReadyRequest(round=round_ref(round_), model_root=record.start_root)
+            await self.site.connection.ask(lambda c: c.rounds.Ready, request)
         logger.info("ready for %s", round_)
 
     # -- the vector ------------------------------------------------------------------------------
@@ -325,9 +339,17 @@ class Actor:
             return
         record, plan = self._joined(round_), self._plan(round_)
         held = site.models.open(round_.run, record.start_root)
+        seed, masks = site.random_bytes(32), None
+        if plan.secagg is not None:
+            state = await self.secure.masking(round_, action.attempt)
+            if isinstance(state, Masking):
+                seed = dither_seed(state)
+                masks = mask_adder(state, round_ring(plan))
+            else:
+                seed, masks = b"", None  # fixed already: only the journal's record is missing
 
-        def make() -> None:
-            uploaded = make_contribution(
+        def make() -> UploadRecord:
+            return make_contribution(
                 self._local_work(round_, record, plan, held.manifest),
                 terms=Terms(
                     plan=plan,
@@ -339,17 +361,20 @@ class Actor:
                 ),
                 manifest=held.manifest,
                 scales=held.scales(),
-                seed=site.random_bytes(32),
+                seed=seed,
+                masks=masks,
                 signing_key=site.signing_key,
                 uploads=site.folder.uploads,
                 threads=site.config.limits.cpu_threads,
             )
-            header = UploadHeader.from_bytes(uploaded.header)
-            detail = {"attempt": action.attempt, "root": header.root, "bytes": header.size}
-            site.journal.add_upload(uploaded, detail)
 
         with self._transfer(round_, "encoding"):
-            await asyncio.to_thread(make)
+            uploaded = await asyncio.to_thread(make)
+        header = UploadHeader.from_bytes(uploaded.header)
+        if plan.secagg is not None:
+            await self.secure.fix(round_, action.attempt, root=header.root, size=header.size)
+        detail = {"attempt": action.attempt, "root": header.root, "bytes": header.size}
+        await asyncio.to_thread(site.journal.add_upload, uploaded, detail)
 
     def _local_work(
         self, round_: RoundId, record: RoundRecord, plan: Plan, manifest: Manifest
@@ -371,6 +396,8 @@ class Actor:
         announcement = Announcement(
             header=record.header, signature=record.signature, unit_hashes=record.unit_hashes
         )
+        if self._plan(round_).secagg is not None:
+            await self.secure.repost_header(round_, action.attempt)
         with self._transfer(round_, "uploading") as transfer:
             receipt = await upload(
                 site.connection,
@@ -382,6 +409,26 @@ class Actor:
             raise DigestMismatchError(f"the receipt for {round_} names another upload")
         await asyncio.to_thread(site.journal.add_receipt, round_, action.attempt, receipt)
         logger.info("uploaded %s, attempt %d", round_, action.attempt)
+
+    async def _secure_step(self, action: SecureStep) -> None:
+        secure, round_, number = self.secure, action.round, action.attempt
+        match action.step:
+            case "ready":
+                await secure.ready(self._joined(round_), self._plan(round_), number)
+            case "deal":
+                await secure.deal(round_, number)
+            case "acknowledge":
+                await secure.acknowledge(round_, number)
+            case "commit":
+                await secure.commit(round_, number)
+            case "abort":
+                await secure.abort(round_, number, "secagg.survivors")
+            case "reveal":
+                await secure.reveal(round_, number)
+            case "close":
+                await secure.close(round_)
+            case _:
+                assert_never(action.step)
 
     # -- after the release -----------------------------------------------------------------------
 
@@ -428,6 +475,8 @@ class Actor:
                 code = "model_disagreement"
                 detail = f"computed {computed}, published {opened.model_root}"
         stop = code
+        if not code and plan.secagg is not None:
+            code, detail = await self._check_opening(round_, plan, seen, phase)
         if not code:
             code, detail = await asyncio.to_thread(self._own_part, round_, phase)
         record = ConfirmRecord(
@@ -444,6 +493,25 @@ class Actor:
         await asyncio.to_thread(site.journal.add_confirm, record)
         if not stop and computed is not None:
             await asyncio.to_thread(path.unlink, missing_ok=True)
+
+    async def _check_opening(
+        self, round_: RoundId, plan: Plan, seen: RoundSeen, phase: Released
+    ) -> tuple[str, str]:
+        """Whether the sum was opened as the specification demands: objection code and detail."""
+        record = await asyncio.to_thread(self.site.journal.round, round_)
+        if record is None or not record.joined:
+            return "", ""  # this node had no part in it
+        if seen.transcript is None:
+            return "secagg.transcript", "a secure sum was opened and nothing says how"
+        path = self.site.models.sum_path(round_.run, seen.transcript)
+        await fetch(
+            self.site.connection, seen.transcript, path, size=None, round_=round_, durable=False
+        )
+        data = await asyncio.to_thread(path.read_bytes)
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+        return await asyncio.to_thread(
+            self.secure.check_transcript, record, plan, phase.attempt, data, phase.survivors
+        )
 
     def _own_part(self, round_: RoundId, phase: Released) -> tuple[str, str]:
         """Whether this node's own upload is in the sum exactly when it was handed in."""

@@ -31,6 +31,7 @@ from node_agent.decide import (
     SayJoin,
     SayLeave,
     SayReady,
+    SecureStep,
     Situation,
     Work,
     decide,
@@ -40,6 +41,8 @@ from node_agent.journal import RoundRecord, RunRecord, UploadRecord
 from node_agent.keys import TlsIdentity
 from node_agent.plan_check import check_plan, check_round
 from node_agent.rules import Refusal
+from node_agent.secure import SecureSum, check_roster
+from node_agent.secure_state import SecureStates
 from node_agent.site import Site
 from node_agent.spool import job_id
 from node_agent.status import NodeStatus, RunStatus, iso, write_status
@@ -107,15 +110,18 @@ class Agent:
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _actor: Actor = field(init=False)
     _identity: TlsIdentity = field(init=False)
+    _states: SecureStates = field(init=False)
 
     def __post_init__(self) -> None:
         self._identity = self.site.keys.tls()
+        self._states = SecureStates(self.site.folder.secagg)
         self._actor = Actor(
             site=self.site,
             run_seen=self._run_seen,
             seen=self._seen,
             clock_offset=lambda: self._offset or timedelta(),
             refuse=self._refuse,
+            secure=SecureSum(site=self.site, states=self._states),
         )
 
     # -- life ------------------------------------------------------------------------------------
@@ -292,6 +298,7 @@ class Agent:
             held=site.models.held(seen.run) if known else frozenset(),
             delivered=self._recently_delivered(),
             work=work,
+            secure=self._states.known(seen.run) if known else None,
         )
 
     def _recently_delivered(self) -> frozenset[Action]:
@@ -319,7 +326,14 @@ class Agent:
             federation=site.config.federation,
             node=site.node,
         )
-        return refusal or consent.check_site(plan, site.config, self._site_facts())
+        return (
+            refusal
+            or check_roster(plan, site.node, self._own_key(), site.journal.pinned_keys())
+            or consent.check_site(plan, site.config, self._site_facts())
+        )
+
+    def _own_key(self) -> bytes:
+        return self.site.signing_key.public_key().public_bytes_raw()
 
     def _site_facts(self) -> consent.SiteFacts:
         now = self.site.monotonic()
@@ -376,7 +390,7 @@ class Agent:
             self._failed[action] = _Failed(1, self.site.monotonic() + BUG_S, None)
         else:
             self._failed.pop(action, None)
-            if isinstance(action, SayJoin | SayDecline | SayReady | SayLeave):
+            if isinstance(action, SayJoin | SayDecline | SayReady | SayLeave | SecureStep):
                 self._delivered[action] = self.site.monotonic()
 
     def _postpone(

@@ -33,6 +33,7 @@ from protocols.gen import (
     bulk_pb2_grpc,
     enrolment_pb2_grpc,
     rounds_pb2_grpc,
+    secure_sum_pb2_grpc,
 )
 
 T = TypeVar("T")
@@ -141,6 +142,7 @@ class Connection:
         )
         self.rounds: Any = rounds_pb2_grpc.RoundsStub(self.channel)
         self.bulk: Any = bulk_pb2_grpc.BulkStub(self.channel)
+        self.secure_sum: Any = secure_sum_pb2_grpc.SecureSumStub(self.channel)
         self.renewal: Any = enrolment_pb2_grpc.RenewalStub(self.channel)
 
     def renew(self, identity: TlsIdentity, *, grace_s: float = 600.0) -> None:

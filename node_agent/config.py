@@ -90,6 +90,7 @@ class AllowConfig(_Section):
 
     local_steps: tuple[LocalStepKind, ...] = ("builtin", "synthetic")
     flower_apps: tuple[str, ...] = ()
+    modes: tuple[Literal["open", "aggregate-only"], ...] = ("open", "aggregate-only")
 
 
 class LimitsConfig(_Section):
@@ -149,6 +150,11 @@ class NodeFolder:
     def models(self) -> Path:
         """Models by run and root."""
         return self.root / "models"
+
+    @property
+    def secagg(self) -> Path:
+        """States of secure sums: secrets, never to be backed up."""
+        return self.root / "secagg"
 
     @property
     def paused(self) -> Path:

@@ -2,6 +2,7 @@
 
 site.paused       the site paused its node
 site.local_step   the kind of local step is not in [allow] local_steps
+site.mode         the mode of the sum is not in [allow] modes
 site.flower_app   the Flower app is not in [allow] flower_apps
 site.data         there is no training text, or it cannot be read
 site.disk         the model does not fit on the disk
@@ -70,6 +71,10 @@ def check_site(plan: Plan, config: NodeConfig, facts: SiteFacts) -> Refusal | No
             "site.local_step",
             f"this site does not allow local steps of kind {step.kind}:"
             " config.toml [allow] local_steps",
+        )
+    if plan.mode not in config.allow.modes:
+        return Refusal(
+            "site.mode", f"this site does not allow mode {plan.mode}: config.toml [allow] modes"
         )
     if step.app is not None and step.app not in config.allow.flower_apps:
         return Refusal(

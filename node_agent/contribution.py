@@ -35,6 +35,7 @@ from protocols.tensors.encode import (
 from protocols.tensors.layout import VectorLayout
 from protocols.tensors.manifest import Manifest
 from protocols.tensors.metrics import METRIC_BOUND
+from protocols.tensors.planar import LaneAdder
 from protocols.tensors.scales import Scales
 from protocols.tensors.units import UnitHasher
 from protocols.upload import UploadHeader, sign_header
@@ -160,6 +161,7 @@ def make_contribution(
     manifest: Manifest,
     scales: Scales,
     seed: bytes,
+    masks: LaneAdder | None = None,
     signing_key: Ed25519PrivateKey,
     uploads: Path,
     threads: int = 1,
@@ -171,7 +173,8 @@ def make_contribution(
         terms: what the vector is bound to.
         manifest: of the model.
         scales: of the round's starting model.
-        seed: 32 secret bytes for the dither, fresh for this call and used for nothing else.
+        seed: 32 secret bytes for the dither, of this attempt and used for nothing else.
+        masks: of a secure sum, added in the ring before packing; None in mode open.
         signing_key: of this node.
         uploads: the folder of vectors on their way out.
         threads: chunks encoded at once.
@@ -209,6 +212,7 @@ def make_contribution(
                 ring=ring,
                 limit=ring.clamp_limit(len(plan.roster)),
                 sink=keep,
+                mask_adder=masks,
                 threads=threads,
             )
             os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from typing import Literal, assert_never
 
 from node_agent.journal import ConfirmRecord, RoundRecord, UploadRecord
 from node_agent.rules import Refusal
+from node_agent.secure_state import SecureKnown
 from node_agent.view import RoundSeen, RunSeen
 from protocols.identifiers import Digest, NodeId, RoundId, RunId
 from protocols.plan import Plan
@@ -30,6 +31,8 @@ from protocols.rounds import (
     Training,
     Uploading,
 )
+
+_ORDER = ("ready", "dealt", "agreed", "masking", "fixed", "committed", "revealed")
 
 # -- what may be done ----------------------------------------------------------------------------
 
@@ -111,6 +114,15 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
+class SecureStep:
+    """The next message of a secure sum."""
+
+    round: RoundId
+    attempt: int
+    step: Literal["ready", "deal", "acknowledge", "commit", "abort", "reveal", "close"]
+
+
+@dataclass(frozen=True, slots=True)
 class ComputeNext:
     """Download the sum, apply the outer step, compare models."""
 
@@ -135,6 +147,7 @@ Action = (
     | SayLeave
     | MakeVector
     | Upload
+    | SecureStep
     | ComputeNext
     | SayConfirm
 )
@@ -170,6 +183,7 @@ class Situation:
     held: frozenset[Digest]  # roots of the models on disk
     delivered: frozenset[Action] = frozenset()  # acknowledged, though the view may not show it yet
     work: Work = field(default_factory=Work)
+    secure: SecureKnown | None = None  # this node's state in a secure sum of this run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,9 +211,27 @@ def decide(s: Situation) -> Decision:
             return _answer_refusal(s, s.refusal)
         return _do(FetchPlan(s.seen.run), "reading the plan")
     after, now = _after_release(s), _current(s, s.plan)
+    closing = _leftover(s)
     if not after.actions:
-        return now
-    return Decision(actions=after.actions + now.actions, why=f"{after.why}; {now.why}")
+        return Decision(actions=closing + now.actions, why=now.why)
+    return Decision(actions=closing + after.actions + now.actions, why=f"{after.why}; {now.why}")
+
+
+def _leftover(s: Situation) -> tuple[Action, ...]:
+    """Erase the secrets of a secure sum as soon as its round is over, however it ended."""
+    known, current = s.secure, s.seen.current
+    if known is None or current is None or known.stage == "closed":
+        return ()
+    over = known.round != current.round or current.raw_phase.name in _OVER
+    if not over:
+        return ()
+    last = s.seen.last_released
+    if last is not None and last.round == known.round and s.confirm is None:
+        return ()  # its own header is still needed to check the transcript
+    return (SecureStep(known.round, known.attempt, "close"),)
+
+
+_OVER = (Released.__name__, Aborted.__name__, Burned.__name__)
 
 
 # -- the last released round -----------------------------------------------------------------------
@@ -235,14 +267,12 @@ def _current(s: Situation, plan: Plan) -> Decision:
             return _while_open(s, current, phase)
         case Training():
             return _while_training(s, plan, current, phase)
-        case Dealing():
-            return _bystander(s, current, phase.ready, "the shares are being dealt")
+        case Dealing() | Committing() | Revealing():
+            return while_secure(s, current.round, phase) or _withdraw_or(
+                s, current, f"round {current.round} goes on without this node"
+            )
         case Uploading():
-            return _while_uploading(s, current, phase)
-        case Committing():
-            return _bystander(s, current, phase.ready, "the survivor list is being signed")
-        case Revealing():
-            return _bystander(s, current, phase.survivors, "the masks are being taken off")
+            return _while_uploading(s, plan, current, phase)
         case Released(opened=None):
             return _wait(f"round {current.round}: the sum is being opened")
         case Released():
@@ -349,10 +379,14 @@ def _at_work(s: Situation, round_: RoundId) -> Decision:
             assert_never(s.work.state)
 
 
-def _while_uploading(s: Situation, current: RoundSeen, phase: Uploading) -> Decision:
+def _while_uploading(s: Situation, plan: Plan, current: RoundSeen, phase: Uploading) -> Decision:
     round_, attempt = current.round, phase.attempt
     if s.node not in phase.ready:
         return _withdraw_or(s, current, f"round {round_} goes on without this node")
+    if plan.secagg is not None:
+        lost = lost_state(s, round_, phase)
+        if lost is not None:
+            return lost
     if s.upload is None or s.upload.attempt != attempt:
         if s.record is None or s.record.outcome != "ready":
             return _wait(f"round {round_}: this node's journal does not know that it is ready")
@@ -362,13 +396,141 @@ def _while_uploading(s: Situation, current: RoundSeen, phase: Uploading) -> Deci
     return _wait(f"round {round_}: uploaded, waiting for the others")
 
 
-def _bystander(s: Situation, current: RoundSeen, members: frozenset[NodeId], what: str) -> Decision:
-    if s.node in members:
-        return _wait(f"round {current.round}: {what}")
-    return _withdraw_or(s, current, f"round {current.round} goes on without this node")
-
-
 def _withdraw_or(s: Situation, current: RoundSeen, why: str) -> Decision:
     if s.work.state == "running":
         return _do(Withdraw(current.round), f"{why}; stopping the local step")
     return _wait(why)
+
+
+# -- the secure sum --------------------------------------------------------------------------------
+
+SecurePhase = Dealing | Uploading | Committing | Revealing
+
+
+def _shown_stage(node: NodeId, phase: SecurePhase) -> str:
+    """How far the coordinator shows this node to be: its state must be at least that far."""
+    match phase:
+        case Dealing():
+            if node in phase.agreed:
+                return "agreed"
+            return "dealt" if node in phase.dealt else ""
+        case Uploading():
+            return "fixed" if node in phase.received else "agreed"
+        case Committing():
+            if node in phase.commits:
+                return "committed"
+            return "fixed" if node in phase.survivors else "agreed"
+        case Revealing():
+            if node in phase.revealed:
+                return "revealed"
+            if node in phase.commits:
+                return "committed"
+            return "fixed" if node in phase.survivors else "agreed"
+        case _:
+            assert_never(phase)
+
+
+def lost_state(s: Situation, round_: RoundId, phase: SecurePhase) -> Decision | None:
+    """Whether this node said more in the attempt than its state knows; None: it did not.
+
+    Then the state was lost or rolled back (a restored backup, a snapshot of the machine). Going on
+    could put two vectors under one set of masks, so the node says nothing more in this round.
+    """
+    known, shown = s.secure, _shown_stage(s.node, phase)
+    if known is None or known.round != round_ or known.attempt > phase.attempt:
+        return _wait(f"round {round_}: secagg.state_lost: this node has no state of its secure sum")
+    if known.attempt < phase.attempt:
+        if shown or not isinstance(phase, Dealing):
+            return _wait(f"round {round_}: secagg.state_lost: the state is of an earlier attempt")
+        return None
+    if known.stage in ("aborted", "closed"):
+        if known.stage == "aborted" and isinstance(phase, Committing):
+            return None
+        return _wait(f"round {round_}: this node gave attempt {known.attempt} up")
+    if shown and _ORDER.index(known.stage) < _ORDER.index(shown):
+        return _wait(
+            f"round {round_}: secagg.state_lost: the state is older than what this node has sent"
+        )
+    return None
+
+
+def while_secure(
+    s: Situation, round_: RoundId, phase: Dealing | Committing | Revealing
+) -> Decision | None:
+    """The next step of a secure sum; None: this node has no part in it."""
+    if s.node not in phase.ready:
+        return None
+    lost = lost_state(s, round_, phase)
+    if lost is not None:
+        return lost
+    known = s.secure
+    if known is None:
+        return None
+    match phase:
+        case Dealing():
+            return _while_dealing(s, round_, phase, known)
+        case Committing():
+            return _while_committing(s, round_, phase, known)
+        case Revealing():
+            return _while_revealing(s, round_, phase, known)
+        case _:
+            assert_never(phase)
+
+
+def _secure(
+    s: Situation,
+    round_: RoundId,
+    attempt: int,
+    step: Literal["ready", "deal", "acknowledge", "commit", "abort", "reveal"],
+    why: str,
+) -> Decision:
+    action = SecureStep(round_, attempt, step)
+    if action in s.delivered:
+        return _wait(f"round {round_}: {why}, waiting for the others")
+    return _do(action, f"round {round_}: {why}")
+
+
+def _while_dealing(s: Situation, round_: RoundId, phase: Dealing, known: SecureKnown) -> Decision:
+    attempt = phase.attempt
+    if known.attempt < attempt:
+        return _secure(s, round_, attempt, "ready", f"attempt {attempt} begins with fresh keys")
+    if s.node not in phase.dealt:
+        return _secure(s, round_, attempt, "deal", "dealing shares")
+    if phase.dealt != phase.ready:
+        return _wait(f"round {round_}: dealt, waiting for the others")
+    if s.node not in phase.agreed:
+        return _secure(s, round_, attempt, "acknowledge", "checking what was dealt")
+    return _wait(f"round {round_}: agreed, waiting for the others")
+
+
+def _while_committing(
+    s: Situation, round_: RoundId, phase: Committing, known: SecureKnown
+) -> Decision:
+    quorum = phase.terms.quorum
+    openable = quorum is not None and len(phase.survivors) >= quorum.to_open
+    if known.stage == "aborted" or not openable:
+        if s.node in phase.aborts:
+            return _wait(f"round {round_}: aborted, waiting for the others")
+        return _secure(s, round_, phase.attempt, "abort", "signing an abort")
+    uploaded = s.upload is not None and s.upload.receipt is not None
+    if s.node not in phase.survivors:
+        if uploaded:
+            return _secure(
+                s, round_, phase.attempt, "abort", "left out though its update was handed in"
+            )
+        return _wait(f"round {round_}: the survivor list is being signed")
+    if s.node not in phase.commits:
+        return _secure(s, round_, phase.attempt, "commit", "checking the survivor list")
+    return _wait(f"round {round_}: committed, waiting for the others")
+
+
+def _while_revealing(
+    s: Situation, round_: RoundId, phase: Revealing, known: SecureKnown
+) -> Decision:
+    if s.node not in phase.survivors:
+        return _wait(f"round {round_}: the masks are being taken off")
+    if known.stage == "fixed":
+        return _secure(s, round_, phase.attempt, "commit", "checking the survivor list")
+    if s.node not in phase.revealed:
+        return _secure(s, round_, phase.attempt, "reveal", "revealing shares")
+    return _wait(f"round {round_}: revealed, waiting for the others")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ from protocols.errors import (
     NotFoundError,
     StorageFullError,
 )
-from protocols.identifiers import Digest, RoundId, RunId
+from protocols.identifiers import Digest, NodeId, RoundId, RunId
 from protocols.plan import Plan
 
 SCHEMA: Final = "1"
@@ -99,6 +99,13 @@ _confirms = sa.Table(
     sa.Column("detail", sa.Text, nullable=False),
     sa.Column("made_at", sa.Integer, nullable=False),
     sa.Column("answered_at", sa.Integer),
+)
+_pins = sa.Table(
+    "pins",
+    _metadata,
+    sa.Column("node", sa.Text, primary_key=True),
+    sa.Column("key", sa.Text, nullable=False),  # hex: the signing key this node saw first
+    sa.Column("seen_at", sa.Integer, nullable=False),
 )
 _entries = sa.Table(
     "entries",
@@ -465,6 +472,26 @@ class Journal:
                 .where(*_is(_confirms, round_), _confirms.c.answered_at.is_(None))
                 .values(answered_at=self._now_ms())
             )
+
+    # -- keys of other members -------------------------------------------------------------------
+
+    def pinned_keys(self) -> dict[NodeId, str]:
+        """Hex signing keys of members, as they were seen first."""
+        with self._errors(), self._engine.connect() as connection:
+            rows = connection.execute(sa.select(_pins.c.node, _pins.c.key)).all()
+        return {NodeId(row.node): row.key for row in rows}
+
+    def pin_keys(self, keys: Mapping[str, str]) -> None:
+        """Remember keys of members not seen before; a key that is pinned never changes here."""
+        known = self.pinned_keys()
+        fresh = {node: key for node, key in keys.items() if NodeId(node) not in known}
+        if not fresh:
+            return
+        at = self._now_ms()
+        with self._write() as connection:
+            for node, key in sorted(fresh.items()):
+                connection.execute(sa.insert(_pins).values(node=node, key=key, seen_at=at))
+            self._note(connection, "", None, "keys pinned", {"nodes": sorted(fresh)})
 
     # -- entries ---------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from protocols.identifiers import Digest, FederationId, NodeId
 from protocols.outer_optimizers import optimizer_for
 from protocols.plan import Plan
 
-MODES = ("open",)  # what this agent can take part in
+MODES = ("open", "aggregate-only")  # what this agent can take part in
 
 
 def check_plan(

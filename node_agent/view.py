@@ -30,6 +30,7 @@ class RoundSeen:
     raw_phase: rounds_pb2.PhaseView
     start: Snapshot
     following: Snapshot | None  # of a released round: the model it published
+    transcript: Digest | None = None  # of a released secure sum: how it was opened
 
     def phase(self, plan: Plan) -> Phase:
         """Raises: MalformedMessageError."""
@@ -72,6 +73,7 @@ def _round(view: rounds_pb2.RoundView, run: RunId) -> RoundSeen:
         raw_phase=view.phase,
         start=Snapshot.from_bytes(view.start_snapshot),
         following=following,
+        transcript=read_digest(view.transcript) if view.transcript else None,
     )
 
 

@@ -186,9 +186,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
                     retry_after_s=0.0,
                 )
             if tx.run(header.run).plan.secagg is not None:
-                check_uploaded(
-                    tx, header.round_id, node, header.attempt, header.root, header.size
-                )
+                check_uploaded(tx, header.round_id, node, header.attempt, header.root, header.size)
             advance(
                 tx,
                 header.round_id,

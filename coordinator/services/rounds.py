@@ -188,6 +188,11 @@ def take(
     row = tx.lock_round(round_id)
     run = tx.run(round_id.run)
     _check_member(tx, run, event.node)
+    if isinstance(event, ReadyArrived) and run.plan.secagg is not None:
+        raise PlanRefusedError(
+            f"run {run.run} has a secure sum: READY must be signed and handed in to it",
+            rule="secagg.required",
+        )
     if terms is not None:
         check_terms(run, row, event.node, terms)
     return advance(

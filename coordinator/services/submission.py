@@ -19,7 +19,7 @@ from protocols.tensors.manifest import Manifest
 from protocols.tensors.scales import Scales
 from protocols.tensors.snapshot import Snapshot
 
-MODES: Final = frozenset({"open"})  # what this coordinator can carry through
+MODES: Final = frozenset({"open", "aggregate-only"})  # what this coordinator can carry through
 _MAX_MANIFEST: Final = 64 * 2**20  # bytes
 
 

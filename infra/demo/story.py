@@ -38,7 +38,7 @@ from infra.runs.plan_file import (
     read_initial_model,
 )
 from infra.runs.submission import submit
-from protocols.errors import NotFoundError, NotReadyError
+from protocols.errors import FederationError, NotFoundError, NotReadyError
 from protocols.identifiers import Digest, NodeId, RunId
 from protocols.tensors.snapshot import Snapshot
 
@@ -102,7 +102,13 @@ def run_demo(request: Request, console: Console) -> Outcome:
         view.say(f"{len(settings.sites)} sites: {', '.join(settings.sites)}; mode {settings.mode}")
         if not MODES[settings.mode][0]:
             view.say("this mode is NOT private: single updates are visible to the coordinator")
-        return _play(request, settings, federation, view, console)
+        try:
+            return _play(request, settings, federation, view, console)
+        except (FederationError, KeyboardInterrupt):
+            view.close()
+            view.say("stopping every process")
+            view.say(f"go on from here: minga demo --dir {request.folder} --resume")
+            raise
 
 
 def _play(
@@ -218,7 +224,10 @@ def _submit(
     )
     model = _first_model(federation)
     made: Submission = complete_plan(
-        written, model, federation_of(federation.operator().certificate)
+        written,
+        model,
+        federation_of(federation.operator().certificate),
+        client.signing_keys(),
     )
     (start / "plan.json").write_bytes(made.plan.to_bytes())
     submit(client, made, model)

@@ -107,12 +107,16 @@ def submit(
     written = read_plan_file(plan_file)
     model = read_initial_model(snapshot)
     operator = _operator(folder, config)
-    made = complete_plan(written, model, federation_of(operator.certificate))
-    if not dry_run:
+    federation = federation_of(operator.certificate)
+    if dry_run and written.get("mode", "open") == "open":
+        made = complete_plan(written, model, federation)
+    else:
         from infra.runs.client import AdminClient
 
         with AdminClient(operator) as client:
-            send(client, made, model)
+            made = complete_plan(written, model, federation, client.signing_keys())
+            if not dry_run:
+                send(client, made, model)
     facts = {
         "run": made.plan.run,
         "plan_digest": made.plan.digest,

@@ -175,6 +175,10 @@ class AdminClient:
         """All nodes, with what they say they are doing."""
         return tuple(self._call(self._admin.ListNodes, admin_pb2.ListNodesRequest()).nodes)
 
+    def signing_keys(self) -> dict[str, str]:
+        """Hex Ed25519 keys of all enrolled nodes, as the coordinator has them."""
+        return {facts.node: facts.signing_key.hex() for facts in self.nodes()}
+
     def watch(self, run: RunId, *, after: int = 0) -> Iterator[admin_pb2.HistoryEntry]:
         """What happened after entry ``after``, then what happens, until the run ends."""
         call = self._admin.WatchRun(admin_pb2.WatchRunRequest(run=run, after=after))

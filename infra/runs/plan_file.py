@@ -11,9 +11,11 @@ the plan; outer buffers start at zero and have no files.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from cryptography import x509
@@ -27,6 +29,7 @@ from protocols.errors import (
 )
 from protocols.identifiers import Digest, FederationId, parse_federation_id
 from protocols.plan import Plan
+from protocols.secagg.threshold import SecaggTerms
 from protocols.tensors.manifest import Manifest
 from protocols.tensors.ring import Ring
 from protocols.tensors.scales import Scales, initial_scales
@@ -111,8 +114,35 @@ def read_plan_file(path: Path) -> dict[str, Any]:
     return value
 
 
+def complete_secure_sum(fields: dict[str, Any], keys: Mapping[str, str]) -> None:
+    """Fill in the sizes of a secure sum and the keys of its members, where they are not written.
+
+    Args:
+        fields: of the plan; changed.
+        keys: hex signing keys of enrolled nodes, as the coordinator has them. Each node compares
+            its own, and pins those of the others.
+
+    Raises:
+        PlanRefusedError: too few or too many nodes for a secure sum.
+    """
+    roster = fields.get("roster")
+    if fields.get("mode", "open") == "open" or not isinstance(roster, list):
+        return
+    part = fields.setdefault("secagg", {})
+    if not isinstance(part, dict):
+        return  # the plan's own check says what is wrong
+    terms = SecaggTerms.for_roster(len(roster))
+    part.setdefault("threshold", terms.threshold)
+    part.setdefault("min_surviving", terms.min_surviving)
+    part.setdefault("colluders", terms.colluders)
+    part.setdefault("keys", {node: keys[node] for node in roster if node in keys})
+
+
 def complete_plan(
-    written: dict[str, Any], model: InitialModel, federation: FederationId
+    written: dict[str, Any],
+    model: InitialModel,
+    federation: FederationId,
+    keys: Mapping[str, str] = MappingProxyType({}),
 ) -> Submission:
     """Fill in what follows from the snapshot and check what was written against it.
 
@@ -120,13 +150,15 @@ def complete_plan(
         written: fields as read from the file; not changed.
         model: what round 0 starts from.
         federation: that of the operator's certificate.
+        keys: hex signing keys of enrolled nodes, for a secure sum.
 
     Raises:
-        MalformedMessageError: a field is wrong; the sentence names it.
+        MalformedMessageError, PlanRefusedError: a field is wrong; the sentence names it.
         ManifestMismatchError, DigestMismatchError: the plan names another parameter set or model.
     """
     fields = deepcopy(written)
     fields.setdefault("federation", federation)
+    complete_secure_sum(fields, keys)
     part = fields.get("model")
     if not isinstance(part, dict):
         raise MalformedMessageError("plan: model: the plan must say which model is trained")

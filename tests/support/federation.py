@@ -102,7 +102,12 @@ class Running:
         }
         model = read_initial_model(folder)
         operator = self.federation.operator()
-        made = complete_plan(written | changes, model, federation_of(operator.certificate))
+        made = complete_plan(
+            written | changes,
+            model,
+            federation_of(operator.certificate),
+            self.client.signing_keys(),
+        )
         submit(self.client, made, model)
         return RunId(run)
 
