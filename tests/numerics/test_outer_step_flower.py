@@ -320,6 +320,14 @@ def test_flower_is_quiet_while_we_call_it_and_only_then(caplog):
     assert len(caplog.records) == ROUNDS
 
 
+def test_a_real_message_has_what_our_reply_has():
+    """Strategies read these two of a message; a new Flower that reads more fails above."""
+    from flwr.app import Message
+
+    assert callable(Message.has_error)
+    assert isinstance(Message.content, property)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "buffers"),
     [
