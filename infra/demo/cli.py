@@ -14,6 +14,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 class Mode(StrEnum):
     """Modes of the sum that a demonstration offers."""
 
+    AGGREGATE_ONLY = "aggregate-only"
     OPEN = "open"
 
 
@@ -21,7 +22,10 @@ class NodePhase(StrEnum):
     """Phases in which a node can be killed."""
 
     TRAINING = "training"
+    DEALING = "dealing"
     UPLOADING = "uploading"
+    COMMITTING = "committing"
+    REVEALING = "revealing"
 
 
 class CoordinatorPhase(StrEnum):
@@ -29,7 +33,10 @@ class CoordinatorPhase(StrEnum):
 
     OPEN = "open"
     TRAINING = "training"
+    DEALING = "dealing"
     UPLOADING = "uploading"
+    COMMITTING = "committing"
+    REVEALING = "revealing"
     RELEASED = "released"
 
 
@@ -53,7 +60,7 @@ def demo(
     rounds: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Rounds of training. Default: 8.")
     ] = None,
-    privacy: Annotated[Mode, typer.Option(help="How updates are protected.")] = Mode.OPEN,
+    privacy: Annotated[Mode, typer.Option(help="How updates are protected.")] = Mode.AGGREGATE_ONLY,
     nodes_two_ranks: Annotated[
         int, typer.Option(min=0, help="Sites that train with two processes.")
     ] = 1,

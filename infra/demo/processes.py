@@ -37,6 +37,10 @@ class ChildDiedError(NotReadyError):
 
     code = "child_died"
 
+    def diagnostics(self) -> str:
+        """The sentence, its log lines, and the code on a line of its own."""
+        return f"{self}\n[{self.code}]"
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Process:
@@ -378,4 +382,4 @@ class Household:
 
 def _died(child: Child, status: int) -> str:
     how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-    return f"{child.name} ended {how}; the end of {child.log}:\n{tail(child.log)}\n"
+    return f"{child.name} ended {how}; the end of {child.log}:\n{tail(child.log)}"

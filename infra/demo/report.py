@@ -38,12 +38,22 @@ _OPEN: Final = (
     "every node computed the next model itself from the published sum and compared. The adding "
     "itself is the coordinator's word in this mode."
 )
-MODES: Final[Mapping[str, tuple[bool, str]]] = {"open": (False, _OPEN)}  # private?, in words
+_AGGREGATE_ONLY: Final = (
+    "Mode AGGREGATE-ONLY: updates were masked, and only their sum was opened, over at least as "
+    "many sites as the plan's threshold. Nobody, the coordinator included, saw one site's update or "
+    "loss, unless as many sites as the plan assumes or more work together. This is NOT "
+    "differentially private: what the sum itself betrays, it betrays. Every node checked how the "
+    "sum was opened (the transcript is a blob beside it) and computed the next model itself."
+)
+MODES: Final[Mapping[str, tuple[bool, str]]] = {  # differentially private?, in words
+    "open": (False, _OPEN),
+    "aggregate-only": (False, _AGGREGATE_ONLY),
+}
 
 MEANING: Final = (
     "Bits per byte: how many bits the model needs for one byte of held-out text, text that no "
-    "site trained on. A model that knows nothing needs 8; less is better. Figures are sums over "
-    "all sites, opened together with the model's sum: no site's loss was seen alone."
+    "site trained on. A model that knows nothing needs 8; less is better. Every figure is one "
+    "quotient of sums over all sites, which travel as coordinates of the same vector as the model."
 )
 
 
