@@ -33,12 +33,9 @@ from protocols.identifiers import NodeId, RoundId
 from protocols.rounds import (
     Aborted,
     Burned,
-    Committing,
-    Dealing,
     Open,
     Opened,
     Released,
-    Revealing,
     Training,
     Uploading,
 )
@@ -281,36 +278,6 @@ TABLE = [
         running(Training(terms=TERMS, closes_at=CLOSES, cohort=OTHERS), record=DECLINED),
         [],
         "round r1/0 trains without this node",
-    ),
-    # -- Dealing, Committing, Revealing: nothing to say yet
-    (
-        "dealing",
-        running(
-            Dealing(terms=TERMS, closes_at=CLOSES, attempt=1, ready=ALL),
-            record=joined(outcome="ready"),
-        ),
-        [],
-        "round r1/0: the shares are being dealt",
-    ),
-    (
-        "committing",
-        running(
-            Committing(terms=TERMS, closes_at=CLOSES, attempt=1, ready=ALL, survivors=ALL),
-            record=joined(outcome="ready"),
-        ),
-        [],
-        "round r1/0: the survivor list is being signed",
-    ),
-    (
-        "revealing",
-        running(
-            Revealing(
-                terms=TERMS, closes_at=CLOSES, attempt=1, ready=ALL, survivors=ALL, commits=ALL
-            ),
-            record=joined(outcome="ready"),
-        ),
-        [],
-        "round r1/0: the masks are being taken off",
     ),
     # -- Uploading
     (
