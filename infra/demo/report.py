@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,25 +29,42 @@ from infra.runs.show import (
 
 SCHEMA: Final = "minga.demo-summary/1"
 
-_OPEN: Final = (
-    "Mode OPEN: this run is NOT PRIVATE. The text never left its site's folder, but each site's "
-    "update travelled unmasked: the coordinator could look at every one of them, and an update "
-    "can betray text. A site's rules should allow this mode for public data only. What did "
-    "protect: mutual TLS and one-time invitations decide who may speak; an upload has a signed "
-    "header and counts once, whatever crashes; sums are whole numbers, so they are exact; and "
-    "every node computed the next model itself from the published sum and compared. The adding "
-    "itself is the coordinator's word in this mode."
-)
-_AGGREGATE_ONLY: Final = (
-    "Mode AGGREGATE-ONLY: updates were masked, and only their sum was opened, over at least as "
-    "many sites as the plan's threshold. Nobody, the coordinator included, saw one site's update or "
-    "loss, unless as many sites as the plan assumes or more work together. This is NOT "
-    "differentially private: what the sum itself betrays, it betrays. Every node checked how the "
-    "sum was opened (the transcript is a blob beside it) and computed the next model itself."
-)
-MODES: Final[Mapping[str, tuple[bool, str]]] = {  # differentially private?, in words
-    "open": (False, _OPEN),
-    "aggregate-only": (False, _AGGREGATE_ONLY),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeWords:
+    """What a mode of the sum protects, for people."""
+
+    masked: bool  # whether single updates are hidden from the coordinator
+    differentially_private: bool  # whether what a sum betrays about one record is bounded
+    label: str  # one line
+    meaning: str
+
+
+MODES: Final[Mapping[str, ModeWords]] = {
+    "open": ModeWords(
+        masked=False,
+        differentially_private=False,
+        label="mode open is NOT PRIVATE: the coordinator sees every single update",
+        meaning="Mode OPEN: this run is NOT PRIVATE. The text never left its site's folder, but "
+        "each site's update travelled unmasked: the coordinator could look at every one of them, "
+        "and an update can betray text. A site's rules should allow this mode for public data "
+        "only. What did protect: mutual TLS and one-time invitations decide who may speak; an "
+        "upload has a signed header and counts once, whatever crashes; sums are whole numbers, so "
+        "they are exact; and every node computed the next model itself from the published sum and "
+        "compared. The adding itself is the coordinator's word in this mode.",
+    ),
+    "aggregate-only": ModeWords(
+        masked=True,
+        differentially_private=False,
+        label="mode aggregate-only: single updates are masked, only their sum is opened; "
+        "NOT differentially private",
+        meaning="Mode AGGREGATE-ONLY: updates were masked, and only their sum was opened, over at "
+        "least as many sites as the plan's threshold. Nobody, the coordinator included, saw one "
+        "site's update or loss, unless more sites than the plan assumes work together with it. "
+        "This is NOT differentially private: what the sum itself betrays, it betrays. Every node "
+        "checked how the sum was opened (the transcript is a blob beside it) and computed the "
+        "next model itself.",
+    ),
 }
 
 MEANING: Final = (
@@ -95,10 +112,15 @@ def summary(
     for round_ in run.rounds:
         for phase, spent in seconds_by_phase(round_).items():
             phases[phase] = round(phases.get(phase, 0.0) + spent, 3)
-    private, words = MODES[settings.mode]
+    mode = MODES[settings.mode]
     return {
         "schema": SCHEMA,
-        "mode": {"name": settings.mode, "private": private, "meaning": words},
+        "mode": {
+            "name": settings.mode,
+            "masked": mode.masked,
+            "differentially_private": mode.differentially_private,
+            "meaning": mode.meaning,
+        },
         "settings": {**asdict(settings), "sites": list(settings.sites)},
         "seconds": round(seconds, 1),
         "learned": learned(run),
@@ -149,7 +171,7 @@ def print_end(console: Console, run: RunReport, settings: Settings) -> None:
     console.print(made)
     console.print(Text(MEANING), soft_wrap=False)
     console.print()
-    console.print(Text(MODES[settings.mode][1], style="bold"), soft_wrap=False)
+    console.print(Text(MODES[settings.mode].meaning, style="bold"), soft_wrap=False)
     console.print()
 
 

@@ -38,8 +38,14 @@ from infra.runs.plan_file import (
     read_initial_model,
 )
 from infra.runs.submission import submit
-from protocols.errors import FederationError, NotFoundError, NotReadyError
+from protocols.errors import (
+    ConfigurationError,
+    FederationError,
+    NotFoundError,
+    NotReadyError,
+)
 from protocols.identifiers import Digest, NodeId, RunId
+from protocols.secagg.threshold import MIN_ROSTER
 from protocols.tensors.snapshot import Snapshot
 
 FEDERATION: Final = "demo"
@@ -95,13 +101,13 @@ def run_demo(request: Request, console: Console) -> Outcome:
         settings = _new_settings(request)
         write_settings(folder, settings)
     with _stoppable(), Household(folder) as household:
-        if request.resume and household.end_leftovers():
-            console.print("ended processes that an earlier demonstration had left")
+        left = household.end_leftovers() if request.resume else 0
+        if left:
+            console.print(f"ended {left} processes that an earlier demonstration had left")
         federation = Federation(folder=folder, household=household)
         view = View(console, federation, settings.sites)
-        view.say(f"{len(settings.sites)} sites: {', '.join(settings.sites)}; mode {settings.mode}")
-        if not MODES[settings.mode][0]:
-            view.say("this mode is NOT private: single updates are visible to the coordinator")
+        view.say(f"{len(settings.sites)} sites: {', '.join(settings.sites)}")
+        view.say(MODES[settings.mode].label)
         try:
             return _play(request, settings, federation, view, console)
         except (FederationError, KeyboardInterrupt):
@@ -154,6 +160,11 @@ def _play(
 def _new_settings(request: Request) -> Settings:
     found = find_sites(request.data)
     chosen = choose_sites(found, request.sites, most=DEFAULT_SITES)
+    if MODES[request.mode].masked and len(chosen) < MIN_ROSTER:
+        raise ConfigurationError(
+            f"mode {request.mode} needs {MIN_ROSTER} sites or more: with two, each would learn the "
+            "other's update from the sum; take more sites, or --privacy open for public data"
+        )
     return Settings(
         sites=tuple(str(item.site) for item in chosen),
         rounds=request.rounds or ROUNDS,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from protocols.identifiers import NodeId
+from protocols.secagg.threshold import SecaggTerms
 
 RUN: Final = "demo-1"
 ROUNDS: Final = 8  # training rounds, unless asked for others
@@ -44,13 +45,15 @@ def demo_plan(
         mode: of the sum.
     """
     roster = sorted(sites)
+    least = 1 if mode == "open" else SecaggTerms.for_roster(len(roster)).least_survivors
     return {
         "run": RUN,
         "title": "Demonstration: one small model, text that stays at the sites",
         "mode": mode,
         "roster": roster,
-        # One site may be away for a while; the round goes on without it after the deadline.
-        "min_participants": max(1, len(roster) - 1),
+        # One site may be away for a while; the round goes on without it after the deadline. A
+        # masked sum needs its threshold.
+        "min_participants": max(1, len(roster) - 1, least),
         "rounds": rounds,
         "model": MODEL,
         "local_step": {

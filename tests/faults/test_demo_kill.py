@@ -1,9 +1,10 @@
 """Processes killed with SIGKILL while a round is under way: nothing is lost, nothing counted twice.
 
 Real processes, mutual TLS, SQLite. The updates lie on the grid, so an undisturbed run and a
-disturbed one with the same survivors must agree in every digest; the metrics ``nodes`` and
-``weight`` of each sum convict a double count, the digest of the sum everything else. That the kill
-fell into the phase is read from the coordinator itself while all agents stand still.
+disturbed one with the same survivors must agree in every digest, and a masked one with both: masks
+must vanish without a trace. The metrics ``nodes`` and ``weight`` of each sum convict a double
+count, the digest of the sum everything else. That the kill fell into the phase is read from the
+coordinator itself while all agents stand still.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from tests.support.federation import PATIENCE_S, Running, results, running
 NODES = 3
 ROUNDS = 6  # so many tries to meet a phase of some milliseconds
 COORDINATES = 600_000  # 1.5 MB up
+
+OPEN, MASKED = "open", "aggregate-only"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -56,6 +59,11 @@ def strike(federation: Running, run: RunId, **how: str | int) -> Striker | None:
     return striker
 
 
+def submit(federation: Running, name: str, mode: str) -> RunId:
+    """A run like the undisturbed one, in ``mode``."""
+    return federation.submit(name, rounds=ROUNDS, coordinates=COORDINATES, mode=mode)
+
+
 def test_the_undisturbed_run_adds_every_node_once(undisturbed):
     assert len(undisturbed) == ROUNDS
     assert [(nodes, weight) for _, _, nodes, weight in undisturbed] == [(3, 3 * 65_536)] * ROUNDS
@@ -75,10 +83,26 @@ def test_the_digest_of_a_sum_shows_another_update(federation, undisturbed):
     assert model != undisturbed[0][1]
 
 
-@pytest.mark.parametrize("phase", ["Open", "Training", "Uploading"])
-def test_the_coordinator_is_killed_and_the_result_is_the_same(federation, undisturbed, phase):
-    name = f"coordinator-{phase.lower()}"
-    run = federation.submit(name, rounds=ROUNDS, coordinates=COORDINATES)
+def test_a_masked_run_has_the_very_digests_of_the_open_one(federation, undisturbed):
+    run = submit(federation, "masked", MASKED)
+
+    assert results(federation.confirmed(run)) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("mode", "phase"),
+    [
+        (OPEN, "Open"),
+        (OPEN, "Training"),
+        (OPEN, "Uploading"),
+        (MASKED, "Dealing"),
+        (MASKED, "Uploading"),
+        (MASKED, "Committing"),
+        (MASKED, "Revealing"),
+    ],
+)
+def test_the_coordinator_is_killed_and_the_result_is_the_same(federation, undisturbed, mode, phase):
+    run = submit(federation, f"coordinator-{mode}-{phase.lower()}", mode)
 
     striker = strike(federation, run, target="coordinator", phase=phase, from_number=0)
 
@@ -91,9 +115,10 @@ def test_the_coordinator_is_killed_and_the_result_is_the_same(federation, undist
     assert results(report) == undisturbed
 
 
-def test_the_coordinator_is_killed_while_it_adds(federation, undisturbed):
+@pytest.mark.parametrize("mode", [OPEN, MASKED])
+def test_the_coordinator_is_killed_while_it_adds(federation, undisturbed, mode):
     """Nobody but the coordinator acts then, so it is killed unasked, until it had not finished."""
-    run = federation.submit("coordinator-released", rounds=ROUNDS, coordinates=COORDINATES)
+    run = submit(federation, f"coordinator-{mode}-released", mode)
     met = []
     for number in range(ROUNDS):
         striker = strike(
@@ -111,9 +136,20 @@ def test_the_coordinator_is_killed_while_it_adds(federation, undisturbed):
     assert results(report) == undisturbed
 
 
-@pytest.mark.parametrize("phase", ["Training", "Uploading"])
-def test_a_node_is_killed_comes_back_and_is_counted_once(federation, undisturbed, phase):
-    run = federation.submit(f"node-{phase.lower()}", rounds=ROUNDS, coordinates=COORDINATES)
+@pytest.mark.parametrize(
+    ("mode", "phase"),
+    [
+        (OPEN, "Training"),
+        (OPEN, "Uploading"),
+        (MASKED, "Dealing"),
+        (MASKED, "Uploading"),
+        (MASKED, "Committing"),
+        (MASKED, "Revealing"),
+    ],
+)
+def test_a_node_is_killed_comes_back_and_is_counted_once(federation, undisturbed, mode, phase):
+    """All three are needed: two of three do not open a masked sum."""
+    run = submit(federation, f"node-{mode}-{phase.lower()}", mode)
 
     striker = strike(federation, run, target="node", phase=phase, from_number=0)
 

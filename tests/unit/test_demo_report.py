@@ -113,7 +113,8 @@ def test_the_summary_holds_what_was_printed_and_says_that_open_is_not_private(tm
     assert path == tmp_path / "report" / "summary.json"
     assert read == facts
     assert read["learned"] is True
-    assert read["mode"]["private"] is False
+    assert read["mode"]["masked"] is False
+    assert read["mode"]["differentially_private"] is False
     assert "NOT PRIVATE" in read["mode"]["meaning"]
     assert read["traffic"] == {
         "a": {"bytes_up": 200, "bytes_down": 100},

@@ -11,6 +11,7 @@ from infra.cli import main
 from infra.demo.settings import Settings, claim_folder, write_settings
 from infra.demo.sites import CORPUS, SiteData, choose_sites, copy_text, find_sites, language_of
 from infra.demo.training import demo_plan
+from infra.runs.plan_file import complete_secure_sum
 from protocols.errors import (
     ConfigurationError,
     ExistsError,
@@ -212,6 +213,32 @@ def test_a_site_whose_name_is_no_id_is_named(tmp_path):
 
 
 # -- the plan ------------------------------------------------------------------------------------
+
+
+def test_two_sites_cannot_hide_in_their_sum(tmp_path, capsys):
+    for site in ("a", "b"):
+        site_folder(tmp_path / "data", site, train=[TEXT], valid=[TEXT])
+
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--dir", str(tmp_path / "demo"), "--data", str(tmp_path / "data")])
+
+    assert ended.value.code == 3
+    assert "needs 3 sites or more" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("count", [3, 4, 11])
+def test_the_plan_of_a_masked_sum_is_one_that_a_coordinator_takes(count):
+    names = [NodeId(f"site-{number:02}") for number in range(count)]
+    written = demo_plan(sites=names, languages=["es"], rounds=5, mode="aggregate-only")
+    written["model"] = {**written["model"], "manifest": "0" * 64, "initial": "0" * 64}
+    written["federation"] = "demo"
+    complete_secure_sum(written, {name: f"{number:064x}" for number, name in enumerate(names)})
+
+    plan = Plan.from_value(written)
+
+    assert plan.secagg is not None
+    assert plan.min_participants >= plan.secagg.threshold
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 11])
