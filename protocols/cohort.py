@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from protocols.errors import MalformedMessageError
+from protocols.errors import MalformedMessageError, PlanRefusedError
 from protocols.identifiers import NodeId
 from protocols.plan import Plan
+from protocols.secagg.threshold import SecaggTerms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +28,15 @@ class Quorum:
     min_surviving: int  # nodes in any opened sum
 
     def __post_init__(self) -> None:
-        n, t, c = self.roster, self.threshold, self.colluders
-        if not 0 <= c < t <= n:
-            raise MalformedMessageError(f"want 0 <= colluders={c} < threshold={t} <= roster={n}")
-        if 2 * t <= n + c:
-            raise MalformedMessageError(f"threshold={t} of {n} does not withstand {c} colluders")
-        if self.min_surviving < c + 2:
-            raise MalformedMessageError(f"min_surviving={self.min_surviving} hides nobody")
+        try:  # one rule for plans, rounds and masks: protocols.secagg.threshold
+            SecaggTerms(
+                roster_size=self.roster,
+                threshold=self.threshold,
+                colluders=self.colluders,
+                min_surviving=self.min_surviving,
+            )
+        except PlanRefusedError as error:
+            raise MalformedMessageError(str(error)) from None
 
     @property
     def to_open(self) -> int:

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from protocols.canonical import canonical_bytes, hash_hex, parse_canonical
-from protocols.errors import MalformedMessageError
+from protocols.errors import MalformedMessageError, PlanRefusedError
 from protocols.identifiers import (
     Digest,
     FederationId,
@@ -36,9 +36,9 @@ from protocols.identifiers import (
     parse_node_id,
     parse_run_id,
 )
+from protocols.secagg.threshold import MAX_ROSTER, SecaggTerms
 
 PLAN_SCHEMA: Final = "minga.plan/1"
-MAX_ROSTER = 64  # nodes: the secure sum is a complete graph
 
 Mode = Literal["open", "aggregate-only", "record-local", "record-distributed", "institution"]
 
@@ -254,16 +254,20 @@ class Plan(_Part):
         if (self.mode == "open") != (self.secagg is None):
             raise ValueError("secagg is given exactly when mode is not open")
         if self.secagg is not None:
-            n, t, c = len(self.roster), self.secagg.threshold, self.secagg.colluders
-            if not (0 <= c < t <= n and 2 * t > n + c):
-                raise ValueError(f"secagg: threshold={t} of {n} does not withstand {c} colluders")
-            if self.secagg.min_surviving < max(2, c + 2):
-                raise ValueError(f"secagg: min_surviving must be at least {c + 2}")
+            try:
+                terms = SecaggTerms(
+                    roster_size=len(self.roster),
+                    threshold=self.secagg.threshold,
+                    colluders=self.secagg.colluders,
+                    min_surviving=self.secagg.min_surviving,
+                )
+            except PlanRefusedError as error:
+                raise ValueError(f"secagg: {error}") from None
             if sorted(self.secagg.keys) != list(self.roster):
                 raise ValueError("secagg.keys must hold one key for each node of the roster")
-            if len(set(self.secagg.keys.values())) != n:
+            if len(set(self.secagg.keys.values())) != len(self.roster):
                 raise ValueError("secagg.keys: two nodes have the same key")
-            if self.min_participants < max(3, t):
+            if self.min_participants < max(3, terms.threshold):
                 raise ValueError("secagg: min_participants must be at least the threshold and 3")
         return self
 

@@ -292,6 +292,12 @@ def test_5_sizes_that_allow_two_quorums_are_refused(roster, threshold, colluders
         Quorum(roster=roster, threshold=threshold, colluders=colluders, min_surviving=5)
 
 
+@pytest.mark.parametrize("least", [2, 6])
+def test_5_a_sum_that_hides_nobody_or_asks_for_more_than_there_are_is_refused(least):
+    with pytest.raises(MalformedMessageError, match="min_surviving"):
+        Quorum(roster=5, threshold=4, colluders=1, min_surviving=least)
+
+
 def test_every_must_not_of_the_machine_has_a_row():
     """A MUST NOT without a row is not implemented yet."""
     spec = (Path(__file__).parents[2] / "protocols" / "spec" / "round.md").read_text("utf-8")
