@@ -295,11 +295,15 @@ def test_history_is_never_read_with_a_hole(url):
             for _ in range(count):
                 await ledger.run("tell", lambda tx: tx.note("x", now=START))
 
-        writers = asyncio.gather(*(write(12) for _ in range(8)))
-        while len(seen) < 96:
+        async def look() -> None:
             after = seen[-1] if seen else 0
-            seen += [e.id for e in await ledger.read("h", lambda tx, a=after: tx.history(a))]
-        await writers
+            entries = await ledger.read("look", lambda tx: tx.history(after))
+            seen.extend(entry.id for entry in entries)
+
+        writers = asyncio.gather(*(write(12) for _ in range(8)))
+        while not writers.done():
+            await look()
+        await look()
         assert seen == list(range(1, 97))
 
     with_ledger(url, story)

@@ -167,6 +167,23 @@ def test_a_lock_that_is_not_released_is_waited_for_but_not_for_ever(tmp_path, mo
     asyncio.run(play())
 
 
+def test_who_may_write_has_the_lock_from_the_first_look_on(tmp_path):
+    """BEGIN IMMEDIATE: what was read before a write cannot have changed in between."""
+
+    def look_then_write(tx) -> None:
+        tx.nodes()
+        other = sqlite3.connect(tmp_path / "ledger.sqlite", timeout=0, isolation_level=None)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        other.close()
+
+    async def play() -> None:
+        async with Ledger(sqlite_url(tmp_path), clock=CLOCK) as ledger:
+            await ledger.run("look", look_then_write)
+
+    asyncio.run(play())
+
+
 def test_a_full_disk_is_said_and_survived(tmp_path):
     """SQLite itself refuses another page, as it does when the disk has none."""
 
@@ -334,12 +351,17 @@ def test_history_of_two_coordinators_is_never_read_with_a_hole(postgres):
                 for _ in range(15):
                     await ledger.run("tell", lambda tx: tx.note("x"))
 
-            writing = asyncio.gather(*(write(ledger) for ledger in (one, two) for _ in range(4)))
             seen: list[int] = []
-            while len(seen) < 120:
+
+            async def look() -> None:
                 after = seen[-1] if seen else 0
-                seen += [e.id for e in await one.read("h", lambda tx, a=after: tx.history(a))]
-            await writing
+                entries = await one.read("look", lambda tx: tx.history(after))
+                seen.extend(entry.id for entry in entries)
+
+            writing = asyncio.gather(*(write(ledger) for ledger in (one, two) for _ in range(4)))
+            while not writing.done():
+                await look()
+            await look()
             assert seen == list(range(1, 121))
 
     asyncio.run(play())

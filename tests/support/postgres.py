@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,6 +27,7 @@ _SETTINGS = {
     "deadlock_timeout": "100ms",
     "max_connections": "80",
 }
+_PREFIX = "minga-postgres-"
 _numbers = count(1)
 
 
@@ -102,13 +104,30 @@ class PostgresServer:
         return f"postgresql+psycopg://minga@127.0.0.1:{self.port}/{name}"
 
 
+def _clear_leftovers(programs: Path) -> None:
+    """Stop servers whose test session was killed before it could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            owner = int((folder / "owner").read_text())
+            os.kill(owner, 0)
+        except ProcessLookupError:
+            if (folder / "data" / "postmaster.pid").exists():
+                with suppress(RuntimeError):  # it is down already
+                    PostgresServer(folder=folder, port=0, programs=programs).stop()
+            shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, ValueError):
+            continue  # somebody else's
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """A running server for the whole test session."""
     programs = binaries()
     if programs is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    folder = Path(tempfile.mkdtemp(prefix="minga-postgres-"))
+    _clear_leftovers(programs)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    (folder / "owner").write_text(str(os.getpid()))
     server = PostgresServer(folder=folder, port=_free_port(), programs=programs)
     try:
         server.initialise()
