@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench import floor, ours
+from tests.bench import floor, masking, ours
 from tests.bench.peers.__main__ import PEERS, default_work, peer_rows
 from tests.bench.rows import Row, report, table
 
-GROUPS = ("bulk", "round", "memory", "peers")
+GROUPS = ("bulk", "round", "masking", "memory", "peers")
 OUT = Path(__file__).parents[2] / "bench" / "out" / "results.json"
 
 
@@ -85,6 +85,13 @@ def whole_round(settings: Settings) -> Iterator[Row]:
         yield mine
 
 
+def masks(settings: Settings) -> Iterator[Row]:
+    quick = settings.amount is QUICK
+    yield from masking.rows(
+        d=1_000_000 if quick else 10_000_000, nodes=33, repetitions=3 if quick else 5
+    )
+
+
 def memory(settings: Settings) -> Iterator[Row]:
     for params, nodes in settings.amount.memory:
         yield ours.memory_row(params=params, nodes=nodes, work=settings.scratch)
@@ -103,6 +110,7 @@ def peers(settings: Settings) -> Iterator[Row]:
 RUN: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "bulk": bulk,
     "round": whole_round,
+    "masking": masks,
     "memory": memory,
     "peers": peers,
 }
@@ -111,7 +119,7 @@ RUN: dict[str, Callable[[Settings], Iterator[Row]]] = {
 def run(groups: Sequence[str], settings: Settings) -> list[Row]:
     """The rows of the chosen groups. Peers come right after the round they are compared with."""
     rows: list[Row] = []
-    for name in ("bulk", "round", "peers", "memory"):
+    for name in ("bulk", "round", "masking", "peers", "memory"):
         if name in groups:
             for row in RUN[name](settings):
                 print(f"measured: {row.what}: {row.system}", file=sys.stderr, flush=True)

@@ -104,6 +104,8 @@ class Limit:
 TARGETS: tuple[Target, ...] = (
     Target(measure="seconds_per_round", other="NVIDIA FLARE", at_most=0.5, params=25_000_000),
     Target(measure="seconds_per_round", other=FLOOR, at_most=3.0, params=25_000_000),
+    Target(measure="seconds_per_round", other="floor: AES-CTR keystream", at_most=2.0),
+    Target(measure="seconds_per_round", other="Flower SecAgg+", at_most=1 / 8),
 )
 LIMITS: tuple[Limit, ...] = (
     Limit(params=25_000_000, nodes=4, at_most_mb=400.0),
