@@ -187,7 +187,12 @@ class Ledger:
 
         Returns:
             The last entry now.
+
+        Raises:
+            LedgerBusyError: the ledger is closed. Who waits while it closes is let go.
         """
+        if self._closing.is_set():
+            raise LedgerBusyError("the coordinator is stopping")
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -21,6 +21,7 @@ from coordinator.rounds import advance
 from protocols.errors import (
     EquivocationError,
     ExistsError,
+    LedgerBusyError,
     NotFoundError,
     TokenRefusedError,
     WrongPhaseError,
@@ -329,6 +330,9 @@ def test_waiting_ends_with_its_time_and_with_the_ledger(url):
         await asyncio.sleep(0)
         await ledger.close()
         assert await waiting == 0
+        for call in (ledger.changed(0, 60.0), ledger.run("x", enrol), ledger.read("x", enrol)):
+            with pytest.raises(LedgerBusyError, match="stopping"):
+                await call
 
     with_ledger(url, story)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import asynccontextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.aggregation.release import release
+from coordinator.drivers.rounds import LEASE_TTL, RoundDriver
+from coordinator.layouts import Layouts
 from coordinator.ledger import Tx
 from protocols.errors import StorageFullError, WrappedSumError
 from protocols.identifiers import RoundId
@@ -257,6 +260,56 @@ def test_a_late_update_of_an_ended_round_is_not_in_the_next(tmp_path):
                 assert ends == {"Released": 2}
                 rows = await spine.all_rounds(simulation.plan.run_id)
                 assert rows[1].phase.survivors == frozenset(NODES)
+
+    asyncio.run(play())
+
+
+def test_who_slept_through_its_lease_records_nothing(tmp_path):
+    """It was adding up when another process took over; what it brings is not written."""
+    taken_over = threading.Event()
+
+    def slow(**arguments):
+        assert taken_over.wait(20)
+        return release(**arguments)
+
+    def no_room(**_arguments):
+        raise StorageFullError("no room")
+
+    async def play() -> None:
+        with quick_folder() as folder:
+            async with running(folder, rounds=1) as simulation:
+                one = simulation.spine
+                one.add_up = slow
+                await one.restart()
+                for _ in range(3):
+                    await one.driver.pass_once()
+                    for node in simulation.nodes:
+                        await node.act(one, simulation.network)
+                await one.driver.pass_once()  # begins to add up
+                two = RoundDriver(
+                    ledger=one.ledger,
+                    clock=one.clock,
+                    blobs=one.blobs,
+                    layouts=Layouts(one.blobs),
+                    spool=one.spool.root,
+                    add_up=no_room,
+                )
+                await two.pass_once()
+                assert not two.drives
+                one.clock.advance(LEASE_TTL)
+                await two.pass_once()
+                assert two.drives
+                taken_over.set()
+                await one.driver.settle()
+                (row,) = await one.all_rounds(simulation.plan.run_id)
+                assert row.phase == Released(attempt=1, survivors=frozenset(NODES))
+                await one.driver.pass_once()
+                assert not one.driver.drives
+                await two.settle()
+                await two.stop()  # gives the lease back: nobody has to wait for it
+                one.clock.advance(timedelta(seconds=2))
+                await one.drive()
+                assert await simulation.check(tmp_path) == {"Released": 1}
 
     asyncio.run(play())
 

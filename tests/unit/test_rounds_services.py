@@ -340,6 +340,21 @@ def test_a_thousand_polls_cost_one_look_for_each_change(monkeypatch):
     story(play)
 
 
+def test_polls_do_not_keep_a_closing_coordinator_busy():
+    """Once the ledger is closed, who waits is let go and nobody spins."""
+
+    async def play(w):
+        seen = (await w.sync(A)).version
+        waiting = asyncio.create_task(w.sync(A, seen=seen, wait_ms=30_000))
+        await asyncio.sleep(0.01)
+        await w.spine.ledger.close()
+        await asyncio.sleep(0.01)  # spinning would never come back here
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    story(play)
+
+
 def test_a_node_with_too_many_polls_gets_its_oldest_answered():
     async def play(w):
         seen = (await w.sync(A)).version
