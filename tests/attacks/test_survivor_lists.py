@@ -128,8 +128,8 @@ def test_every_node_is_shown_another_list(door, removed, caught, mixed):
 
     Each of n02, n03, n04 is dead on three lists or more, so RK of all three opens, though no list
     of two was ever shown (at n = 33 the same leaves 17 of 22). Caught by 7.1, whether the
-    certificate holds the few commits to this list, or those of its members to whatever list. Both secrets of one node
-    are out of reach even so, by 2t > n + c.
+    certificate holds the few commits to this list, or those of its members to whatever list.
+    Both secrets of one node are out of reach even so, by 2t > n + c.
     """
 
     def attack():
