@@ -11,14 +11,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import assert_never
+from typing import Any, assert_never
 
 from node_agent import consent
 from node_agent.bulk import Announcement, fetch, upload
 from node_agent.contribution import (
     LocalWork,
     Terms,
+    check_pinned,
     make_contribution,
+    record_of_fixed,
     synthetic_work,
     work_of_result,
 )
@@ -38,9 +40,9 @@ from node_agent.decide import (
     Upload,
     Withdraw,
 )
-from node_agent.journal import ConfirmRecord, RoundRecord, UploadRecord
 from node_agent.launchers.local import LocalLauncher
 from node_agent.plan_check import check_plan
+from node_agent.records import ConfirmRecord, RoundRecord, UploadRecord
 from node_agent.rules import Refusal
 from node_agent.secure import SecureSum, dither_seed
 from node_agent.site import Site
@@ -57,6 +59,7 @@ from protocols.errors import (
     NotFoundError,
     RefusedError,
     WorkerError,
+    WrongPhaseError,
 )
 from protocols.gen import rounds_pb2
 from protocols.identifiers import Digest, RoundId, RunId
@@ -65,7 +68,7 @@ from protocols.plan import Plan
 from protocols.round_vector import round_layout, round_ring
 from protocols.rounds import Released, Training
 from protocols.secagg.node import mask_adder
-from protocols.secagg.states import Masking
+from protocols.secagg.states import Uploaded
 from protocols.tensors.manifest import Manifest
 from protocols.upload import UploadHeader
 from protocols.wire import round_ref
@@ -191,6 +194,10 @@ class Actor:
         run, current = self.seen(action.round)
         if current.start.model_root != action.root:
             raise NotFoundError(f"round {action.round} starts from another model by now")
+        secagg = self._plan(action.round).secagg
+        if secagg is not None:  # before the join: a key that changed meanwhile is declined
+            others = {node: key for node, key in secagg.keys.items() if node != self.site.node}
+            await asyncio.to_thread(self.site.journal.pin_keys, others)
         record = await asyncio.to_thread(
             self.site.journal.add_decision,
             action.round,
@@ -201,10 +208,6 @@ class Actor:
         if not record.joined:
             await self._decline(action.round, record.refusal or Refusal("site.unknown", "declined"))
             return
-        secagg = self._plan(action.round).secagg
-        if secagg is not None:
-            others = {node: key for node, key in secagg.keys.items() if node != self.site.node}
-            await asyncio.to_thread(self.site.journal.pin_keys, others)
         request = rounds_pb2.JoinRequest(
             round=round_ref(action.round), plan_digest=run.plan_digest, model_root=action.root
         )
@@ -287,11 +290,11 @@ class Actor:
 
     def _checked_result(
         self, round_: RoundId, record: RoundRecord, plan: Plan
-    ) -> dict[str, object]:
-        """Look at everything the worker left; facts for the journal. Blocking."""
+    ) -> tuple[dict[str, object], Digest | None]:
+        """Look at everything the worker left; facts and update for the journal. Blocking."""
         launcher = self._launcher(plan)
         if launcher is None:
-            return {"kind": plan.local_step.kind}
+            return {"kind": plan.local_step.kind}, None
         name, spool = job_id(round_), launcher.spool
         try:
             job = read_job(spool.job(name))
@@ -307,23 +310,27 @@ class Actor:
             raise WorkerError(f"the worker's result cannot be read: {error}") from None
         if result is None:
             raise WorkerError(f"the worker left no result for {name}")
-        return {
+        facts = {
             "steps": result.steps,
             "tokens": result.tokens,
             "seconds": round(result.seconds, 3),
             "norm": result.delta_norm,
+            "update": result.root,
         }
+        return facts, result.root
 
     async def _ready(self, action: SayReady) -> None:
         round_ = action.round
         record, plan = self._joined(round_), self._plan(round_)
         if record.outcome is None:
             try:
-                facts = await asyncio.to_thread(self._checked_result, round_, record, plan)
+                facts, update = await asyncio.to_thread(self._checked_result, round_, record, plan)
             except FederationError as error:
                 await self._leave(round_, Refusal(error.code, str(error)))
                 return
-            await asyncio.to_thread(self.site.journal.add_outcome, round_, left=None, detail=facts)
+            await asyncio.to_thread(
+                self.site.journal.add_outcome, round_, left=None, detail=facts, update=update
+            )
         if plan.secagg is not None:
             await self.secure.ready(record, plan, 1)
         else:
@@ -339,40 +346,42 @@ class Actor:
             return
         record, plan = self._joined(round_), self._plan(round_)
         held = site.models.open(round_.run, record.start_root)
-        seed, masks = site.random_bytes(32), None
-        if plan.secagg is not None:
-            state = await self.secure.masking(round_, action.attempt)
-            if isinstance(state, Masking):
-                seed = dither_seed(state)
-                masks = mask_adder(state, round_ring(plan))
-            else:
-                seed, masks = b"", None  # fixed already: only the journal's record is missing
+        common: dict[str, Any] = {
+            "terms": Terms(
+                plan=plan,
+                node=site.node,
+                round=round_,
+                index=record.index,
+                attempt=action.attempt,
+                model_root=record.start_root,
+            ),
+            "manifest": held.manifest,
+            "signing_key": site.signing_key,
+            "uploads": site.folder.uploads,
+        }
+        state = await self.secure.masking(round_, action.attempt) if plan.secagg else None
 
         def make() -> UploadRecord:
+            if isinstance(state, Uploaded):  # fixed before a crash: only the record is missing
+                return record_of_fixed(root=state.header.body.upload_root, **common)
             return make_contribution(
                 self._local_work(round_, record, plan, held.manifest),
-                terms=Terms(
-                    plan=plan,
-                    node=site.node,
-                    round=round_,
-                    index=record.index,
-                    attempt=action.attempt,
-                    model_root=record.start_root,
-                ),
-                manifest=held.manifest,
                 scales=held.scales(),
-                seed=seed,
-                masks=masks,
-                signing_key=site.signing_key,
-                uploads=site.folder.uploads,
+                seed=dither_seed(state) if state else site.random_bytes(32),
+                masks=mask_adder(state, round_ring(plan)) if state else None,
                 threads=site.config.limits.cpu_threads,
+                **common,
             )
 
         with self._transfer(round_, "encoding"):
             uploaded = await asyncio.to_thread(make)
         header = UploadHeader.from_bytes(uploaded.header)
         if plan.secagg is not None:
-            await self.secure.fix(round_, action.attempt, root=header.root, size=header.size)
+            try:
+                await self.secure.fix(round_, action.attempt, root=header.root, size=header.size)
+            except WrongPhaseError:  # the round was over before: this vector is of no use
+                (site.folder.uploads / uploaded.file).unlink(missing_ok=True)
+                raise
         detail = {"attempt": action.attempt, "root": header.root, "bytes": header.size}
         await asyncio.to_thread(site.journal.add_upload, uploaded, detail)
 
@@ -385,8 +394,11 @@ class Actor:
             constant = plan.local_step.synthetic.delta if plan.local_step.synthetic else 0.0
             return synthetic_work(constant, layout)
         name = job_id(round_)
-        # Checked when the node said ready; the digest is not computed a second time.
-        return work_of_result(launcher.result(name), launcher.spool.delta(name))
+        delta = launcher.spool.delta(name)
+        # Checked when the node said ready. Under masks it must still be that very update.
+        if plan.secagg is not None:
+            check_pinned(delta, record.update)
+        return work_of_result(launcher.result(name), delta)
 
     async def _upload(self, action: Upload) -> None:
         site, round_ = self.site, action.round
@@ -397,7 +409,7 @@ class Actor:
             header=record.header, signature=record.signature, unit_hashes=record.unit_hashes
         )
         if self._plan(round_).secagg is not None:
-            await self.secure.repost_header(round_, action.attempt)
+            await self.secure.post_header(round_, action.attempt)
         with self._transfer(round_, "uploading") as transfer:
             receipt = await upload(
                 site.connection,
@@ -426,7 +438,7 @@ class Actor:
             case "reveal":
                 await secure.reveal(round_, number)
             case "close":
-                await secure.close(round_)
+                await secure.close(round_, number)
             case _:
                 assert_never(action.step)
 
@@ -476,7 +488,14 @@ class Actor:
                 detail = f"computed {computed}, published {opened.model_root}"
         stop = code
         if not code and plan.secagg is not None:
-            code, detail = await self._check_opening(round_, plan, seen, phase)
+            code, detail = await self.secure.check_opening(
+                plan,
+                round_,
+                phase.attempt,
+                model_root=start.snapshot.model_root,
+                transcript=seen.transcript,
+                survivors=phase.survivors,
+            )
         if not code:
             code, detail = await asyncio.to_thread(self._own_part, round_, phase)
         record = ConfirmRecord(
@@ -493,25 +512,6 @@ class Actor:
         await asyncio.to_thread(site.journal.add_confirm, record)
         if not stop and computed is not None:
             await asyncio.to_thread(path.unlink, missing_ok=True)
-
-    async def _check_opening(
-        self, round_: RoundId, plan: Plan, seen: RoundSeen, phase: Released
-    ) -> tuple[str, str]:
-        """Whether the sum was opened as the specification demands: objection code and detail."""
-        record = await asyncio.to_thread(self.site.journal.round, round_)
-        if record is None or not record.joined:
-            return "", ""  # this node had no part in it
-        if seen.transcript is None:
-            return "secagg.transcript", "a secure sum was opened and nothing says how"
-        path = self.site.models.sum_path(round_.run, seen.transcript)
-        await fetch(
-            self.site.connection, seen.transcript, path, size=None, round_=round_, durable=False
-        )
-        data = await asyncio.to_thread(path.read_bytes)
-        await asyncio.to_thread(path.unlink, missing_ok=True)
-        return await asyncio.to_thread(
-            self.secure.check_transcript, record, plan, phase.attempt, data, phase.survivors
-        )
 
     def _own_part(self, round_: RoundId, phase: Released) -> tuple[str, str]:
         """Whether this node's own upload is in the sum exactly when it was handed in."""

@@ -35,11 +35,12 @@ from node_agent.decide import (
     Situation,
     Work,
     decide,
+    forgotten,
 )
 from node_agent.enrol import renew, renewal_due
-from node_agent.journal import RoundRecord, RunRecord, UploadRecord
 from node_agent.keys import TlsIdentity
 from node_agent.plan_check import check_plan, check_round
+from node_agent.records import RoundRecord, RunRecord, UploadRecord
 from node_agent.rules import Refusal
 from node_agent.secure import SecureSum, check_roster
 from node_agent.secure_state import SecureStates
@@ -114,7 +115,7 @@ class Agent:
 
     def __post_init__(self) -> None:
         self._identity = self.site.keys.tls()
-        self._states = SecureStates(self.site.folder.secagg)
+        self._states = SecureStates(self.site.folder.secagg, node=self.site.node)
         self._actor = Actor(
             site=self.site,
             run_seen=self._run_seen,
@@ -168,6 +169,7 @@ class Agent:
             self.site.journal.note("model dropped", {"reason": dropped})
         for leftover in self.site.folder.uploads.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
+        self._states.recover()
         detail = {"version": agent_version(), "pid": os.getpid()}
         self.site.journal.note("start", detail)
 
@@ -250,6 +252,7 @@ class Agent:
                 logger.warning("the worker cannot be looked after: %s", error)
             for seen in self._view.runs if self._view else ():
                 self._reconcile(seen)
+            self._forget()
             self._show()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TRAINING_TURN_S if training else TURN_S)
@@ -263,6 +266,14 @@ class Agent:
             logger.info("%s: %s", seen.run, decision.why)
         self._why[seen.run] = decision.why
         for action in decision.actions:
+            self._start(action)
+
+    def _forget(self) -> None:
+        """Erase the secrets of runs that ended while this node was away."""
+        if self._view is None:
+            return
+        known = [self._states.known(run) for run in self._states.runs()]
+        for action in forgotten(self._view, [state for state in known if state is not None]):
             self._start(action)
 
     def decide_about(self, seen: RunSeen) -> Decision:
@@ -298,7 +309,8 @@ class Agent:
             held=site.models.held(seen.run) if known else frozenset(),
             delivered=self._recently_delivered(),
             work=work,
-            secure=self._states.known(seen.run) if known else None,
+            secure=self._states.known(seen.run) if known and known.plan.secagg else None,
+            said=journal.stage(seen.run) if known and known.plan.secagg else None,
         )
 
     def _recently_delivered(self) -> frozenset[Action]:
@@ -375,7 +387,9 @@ class Agent:
         try:
             await self._actor.perform(action)
         except NotReadyError as error:
-            self._postpone(action, error, at_least=error.retry_after_s, await_news=False)
+            # What a step of a secure sum waits for is told by the view; other calls are let be.
+            news = isinstance(action, SecureStep)
+            self._postpone(action, error, at_least=error.retry_after_s, await_news=news)
         except IntegrityError as error:
             with suppress(FederationError):  # a full disk: the reason is in the diagnostics
                 await self._note_failure(action, error)

@@ -430,8 +430,16 @@ async def _stream_units(
     return index
 
 
-async def fetch_bytes(connection: Connection, digest: Digest, *, limit: int) -> bytes:
+async def fetch_bytes(
+    connection: Connection, digest: Digest, *, limit: int, round_: RoundId | None = None
+) -> bytes:
     """Download a small blob into memory.
+
+    Args:
+        connection: to the coordinator.
+        digest: name of the blob.
+        limit: bytes that are taken at most.
+        round_: on whose account the coordinator counts the bytes.
 
     Raises:
         DigestMismatchError: larger than ``limit`` bytes, or not what its name says.
@@ -441,9 +449,10 @@ async def fetch_bytes(connection: Connection, digest: Digest, *, limit: int) -> 
     if blob.size > limit:
         raise DigestMismatchError(f"blob {digest} has {blob.size} bytes; at most {limit} are taken")
     patience = _Patience(connection)
+    metadata = (("minga-round", str(round_)),) if round_ else ()
     while True:
         method = connection.channel.unary_stream("/minga.v1.Bulk/Fetch", None, None)
-        call = method(bytes.fromhex(digest) + bytes(8), timeout=STALL_S)
+        call = method(bytes.fromhex(digest) + bytes(8), timeout=STALL_S, metadata=metadata)
         data = bytearray()
         try:
             async for message in call:

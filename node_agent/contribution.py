@@ -5,8 +5,10 @@
       -> spool/uploads/<run>.<round>.<attempt>.bin    temporary name, fsync, rename
       -> UploadHeader over size and root, signed by this node's key            protocols.upload
 
-The dither is drawn anew for every attempt and used once: what was rounded for one attempt is never
-sent in another. Memory is O(chunk) for each thread, whatever the model's size.
+The dither is another one in every attempt and used once: what was rounded for one attempt is never
+sent in another. A masked vector is fixed once its header is in the node's secure state; if a crash
+came before the journal knew, its record is made from the file again, never from the update. Memory
+is O(chunk) for each thread, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -15,14 +17,20 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from node_agent.journal import UploadRecord
+from node_agent.records import UploadRecord
 from node_agent.spool import Result, publish
-from protocols.errors import ManifestMismatchError, StorageFullError
+from protocols.errors import (
+    CorruptStateError,
+    DigestMismatchError,
+    ManifestMismatchError,
+    StorageFullError,
+)
 from protocols.identifiers import Digest, NodeId, RoundId
 from protocols.plan import Plan
 from protocols.round_vector import metric_names, round_layout, round_ring
@@ -41,6 +49,7 @@ from protocols.tensors.units import UnitHasher
 from protocols.upload import UploadHeader, sign_header
 
 Delta = NDArray[np.float32]
+_READ: Final = 4 * 2**20  # bytes at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +89,23 @@ def work_of_result(result: Result, delta_path: Path) -> LocalWork:
             line.language: (line.nll_nats, line.bytes, line.documents) for line in result.evaluation
         },
     )
+
+
+def check_pinned(delta_path: Path, pinned: Digest | None) -> None:
+    """Whether an update is still the one that the node said it is ready with.
+
+    Raises:
+        DigestMismatchError: it is another one. Encoded under masks that were used for the first,
+            the two would tell their difference.
+    """
+    hasher = UnitHasher()
+    with delta_path.open("rb") as file:
+        while piece := file.read(_READ):
+            hasher.update(piece)
+    if hasher.digest() != pinned:
+        raise DigestMismatchError(
+            f"{delta_path} is not the update that this node said it is ready with"
+        )
 
 
 def synthetic_work(constant: float, layout: VectorLayout) -> LocalWork:
@@ -221,25 +247,63 @@ def make_contribution(
         raise StorageFullError(f"{final}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+    return _record(terms, layout.coordinates, hasher, signing_key)
+
+
+def record_of_fixed(
+    *,
+    terms: Terms,
+    manifest: Manifest,
+    root: Digest,
+    signing_key: Ed25519PrivateKey,
+    uploads: Path,
+) -> UploadRecord:
+    """The record of a masked vector that was spooled and fixed before a crash.
+
+    Args:
+        terms, manifest, signing_key, uploads: as ``make_contribution``.
+        root: of the vector that is fixed.
+
+    Raises:
+        CorruptStateError: the file is gone, or holds other bytes. Nothing may be sent then: a
+            second vector under the same masks would tell its difference to the first.
+    """
+    layout = round_layout(terms.plan, terms.index, manifest)
+    hasher, name = UnitHasher(), upload_name(terms.round, terms.attempt)
+    try:
+        with (uploads / name).open("rb") as file:
+            while piece := file.read(_READ):
+                hasher.update(piece)
+    except OSError as error:
+        raise CorruptStateError(f"the masked vector {name} is gone: {error.strerror}") from None
+    if hasher.digest() != root:
+        raise CorruptStateError(f"the masked vector {name} is not the one that was fixed")
+    return _record(terms, layout.coordinates, hasher, signing_key)
+
+
+def _record(
+    terms: Terms, coordinates: int, hasher: UnitHasher, signing_key: Ed25519PrivateKey
+) -> UploadRecord:
+    plan = terms.plan
     header = UploadHeader(
         federation=plan.federation_id,
         run=plan.run_id,
-        round=round_.number,
+        round=terms.round.number,
         attempt=terms.attempt,
         node=terms.node,
         plan=plan.digest,
         model=terms.model_root,
-        coordinates=layout.coordinates,
-        ring=ring.bits,
+        coordinates=coordinates,
+        ring=round_ring(plan).bits,
         size=hasher.size,
         root=hasher.digest(),
     )
     return UploadRecord(
-        round=round_,
+        round=terms.round,
         attempt=terms.attempt,
         header=header.to_bytes(),
         signature=sign_header(signing_key, header),
         unit_hashes=hasher.hashes(),
-        file=name,
+        file=upload_name(terms.round, terms.attempt),
         receipt=None,
     )

@@ -10,13 +10,14 @@ anything is sent. `minga node status` prints the reasons.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
-from node_agent.journal import ConfirmRecord, RoundRecord, UploadRecord
+from node_agent.records import ConfirmRecord, RoundRecord, UploadRecord
 from node_agent.rules import Refusal
-from node_agent.secure_state import SecureKnown
-from node_agent.view import RoundSeen, RunSeen
+from node_agent.secure_state import RANK, SecureKnown
+from node_agent.view import RoundSeen, RunSeen, View
 from protocols.identifiers import Digest, NodeId, RoundId, RunId
 from protocols.plan import Plan
 from protocols.rounds import (
@@ -31,8 +32,6 @@ from protocols.rounds import (
     Training,
     Uploading,
 )
-
-_ORDER = ("ready", "dealt", "agreed", "masking", "fixed", "committed", "revealed")
 
 # -- what may be done ----------------------------------------------------------------------------
 
@@ -184,6 +183,7 @@ class Situation:
     delivered: frozenset[Action] = frozenset()  # acknowledged, though the view may not show it yet
     work: Work = field(default_factory=Work)
     secure: SecureKnown | None = None  # this node's state in a secure sum of this run
+    said: SecureKnown | None = None  # the furthest it came in one, by the journal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,10 +225,17 @@ def _leftover(s: Situation) -> tuple[Action, ...]:
     over = known.round != current.round or current.raw_phase.name in _OVER
     if not over:
         return ()
-    last = s.seen.last_released
-    if last is not None and last.round == known.round and s.confirm is None:
-        return ()  # its own header is still needed to check the transcript
     return (SecureStep(known.round, known.attempt, "close"),)
+
+
+def forgotten(view: View, states: Iterable[SecureKnown]) -> tuple[Action, ...]:
+    """Erase the secrets of runs that are not shown any more: they ended long ago."""
+    shown = {seen.run for seen in view.runs}
+    return tuple(
+        SecureStep(known.round, known.attempt, "close")
+        for known in states
+        if known.round.run not in shown and known.stage != "closed"
+    )
 
 
 _OVER = (Released.__name__, Aborted.__name__, Burned.__name__)
@@ -350,6 +357,9 @@ def _while_training(s: Situation, plan: Plan, current: RoundSeen, phase: Trainin
         return _do(SayLeave(round_, record.left), f"leaving round {round_}: {record.left}")
     if record.outcome == "ready":
         # The attempt of an open sum is known to be the first: encode while the others train.
+        silent = _lost_ready(s, round_)
+        if silent is not None:
+            return silent
         early: tuple[Action, ...] = ()
         if plan.mode == "open" and s.upload is None:
             early = (MakeVector(round_, 1),)
@@ -430,27 +440,45 @@ def _shown_stage(node: NodeId, phase: SecurePhase) -> str:
             assert_never(phase)
 
 
+def _lost(round_: RoundId, what: str) -> Decision:
+    return _wait(f"round {round_}: secagg.state_lost: {what}")
+
+
+def _lost_ready(s: Situation, round_: RoundId) -> Decision | None:
+    """Whether a READY was signed under a state that is not there any more; None: it was not."""
+    known, said = s.secure, s.said
+    if said is None or said.round != round_:
+        return None  # a crash came before the first READY: nothing was sent
+    if known is None or known.order < said.order:
+        return _lost(round_, "this node has no state of its secure sum")
+    return None
+
+
 def lost_state(s: Situation, round_: RoundId, phase: SecurePhase) -> Decision | None:
-    """Whether this node said more in the attempt than its state knows; None: it did not.
+    """Whether this node did more in the attempt than its state knows; None: it did not.
 
     Then the state was lost or rolled back (a restored backup, a snapshot of the machine). Going on
-    could put two vectors under one set of masks, so the node says nothing more in this round.
+    could put two vectors under one set of masks, or a second verdict beside the first, so the node
+    says nothing more in this round. Two witnesses: what the coordinator shows, and what this node's
+    own journal knows, which needs no honest coordinator.
     """
-    known, shown = s.secure, _shown_stage(s.node, phase)
+    known, said, shown = s.secure, s.said, _shown_stage(s.node, phase)
     if known is None or known.round != round_ or known.attempt > phase.attempt:
-        return _wait(f"round {round_}: secagg.state_lost: this node has no state of its secure sum")
+        return _lost(round_, "this node has no state of its secure sum")
+    if said is not None and known.order < said.order:
+        return _lost(round_, "the state is older than the journal")
     if known.attempt < phase.attempt:
         if shown or not isinstance(phase, Dealing):
-            return _wait(f"round {round_}: secagg.state_lost: the state is of an earlier attempt")
+            return _lost(round_, "the state is of an earlier attempt")
         return None
     if known.stage in ("aborted", "closed"):
         if known.stage == "aborted" and isinstance(phase, Committing):
             return None
         return _wait(f"round {round_}: this node gave attempt {known.attempt} up")
-    if shown and _ORDER.index(known.stage) < _ORDER.index(shown):
-        return _wait(
-            f"round {round_}: secagg.state_lost: the state is older than what this node has sent"
-        )
+    if shown and RANK[known.stage] < RANK[shown]:
+        return _lost(round_, "the state is older than what this node has sent")
+    if s.upload is not None and RANK[known.stage] < RANK["fixed"]:
+        return _lost(round_, "the state is older than the vector that this node has made")
     return None
 
 

@@ -3,6 +3,7 @@
     runs      the plan as it was read; why this node stopped taking part, if it did
     rounds    join or decline; then ready or leave
     uploads   header, signature and unit hashes of each attempt; the receipt
+    stages    how far this node came in the secure sum of a run: no secret is in it
     confirms  the model computed from a released sum, and whether that was delivered
     entries   the same as a list of sentences in time, for people: `minga node journal`
 
@@ -19,14 +20,15 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
 
+from node_agent.records import ConfirmRecord, Entry, RoundRecord, RunRecord, UploadRecord
 from node_agent.rules import Refusal
+from node_agent.secure_state import RANK, SecureKnown
 from protocols.errors import (
     ConflictingUploadError,
     CorruptStateError,
@@ -39,7 +41,16 @@ from protocols.errors import (
 from protocols.identifiers import Digest, NodeId, RoundId, RunId
 from protocols.plan import Plan
 
-SCHEMA: Final = "1"
+SCHEMA: Final = "2"
+__all__ = [
+    "SCHEMA",
+    "ConfirmRecord",
+    "Entry",
+    "Journal",
+    "RoundRecord",
+    "RunRecord",
+    "UploadRecord",
+]
 _metadata = sa.MetaData()
 
 _meta = sa.Table(
@@ -72,6 +83,7 @@ _rounds = sa.Table(
     sa.Column("code", sa.Text),  # of a leave
     sa.Column("outcome_reason", sa.Text),
     sa.Column("outcome_at", sa.Integer),
+    sa.Column("update_root", sa.Text),  # of the update that "ready" stands for; NULL: none on disk
 )
 _uploads = sa.Table(
     "uploads",
@@ -86,6 +98,15 @@ _uploads = sa.Table(
     sa.Column("made_at", sa.Integer, nullable=False),
     sa.Column("receipt", sa.LargeBinary),  # 32 bytes
     sa.Column("receipt_at", sa.Integer),
+)
+_stages = sa.Table(
+    "stages",
+    _metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("stage", sa.Text, nullable=False),  # node_agent.secure_state.STAGES
+    sa.Column("reached_at", sa.Integer, nullable=False),
 )
 _confirms = sa.Table(
     "confirms",
@@ -118,66 +139,6 @@ _entries = sa.Table(
     sa.Column("detail", sa.Text, nullable=False),  # JSON object
     sqlite_autoincrement=True,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRecord:
-    """A run this node knows."""
-
-    plan: Plan
-    plan_digest: Digest
-    stopped: Refusal | None  # why it takes no further part
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundRecord:
-    """What this node said about a round."""
-
-    round: RoundId
-    index: int
-    start_root: Digest
-    joined: bool
-    refusal: Refusal | None  # of a decline
-    outcome: str | None  # "ready" | "leave" | None
-    left: Refusal | None  # of a leave: code and reason
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UploadRecord:
-    """A vector that was made and signed for one attempt."""
-
-    round: RoundId
-    attempt: int
-    header: bytes
-    signature: bytes = field(repr=False)
-    unit_hashes: tuple[bytes, ...] = field(repr=False)
-    file: str
-    receipt: bytes | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConfirmRecord:
-    """The model this node computed from a released sum."""
-
-    round: RoundId
-    sum: Digest
-    published: Digest
-    computed: Digest | None  # None: no model could be computed
-    objection: str
-    detail: str
-    answered: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One line of `minga node journal`."""
-
-    id: int
-    at: datetime  # UTC
-    run: str
-    number: int | None
-    what: str
-    detail: dict[str, Any]
 
 
 class Journal:
@@ -275,6 +236,7 @@ class Journal:
             refusal=None if row.joined else Refusal(row.rule, row.reason),
             outcome=row.outcome,
             left=Refusal(row.code, row.outcome_reason) if row.outcome == "leave" else None,
+            update=Digest(row.update_root) if row.update_root else None,
         )
 
     def open_rounds(self, run: RunId) -> tuple[int, ...]:
@@ -320,8 +282,21 @@ class Journal:
             raise CorruptStateError(f"the journal lost round {round_}")
         return found
 
-    def add_outcome(self, round_: RoundId, *, left: Refusal | None, detail: dict[str, Any]) -> None:
+    def add_outcome(
+        self,
+        round_: RoundId,
+        *,
+        left: Refusal | None,
+        detail: dict[str, Any],
+        update: Digest | None = None,
+    ) -> None:
         """Ready, or left with a code; the first outcome stands.
+
+        Args:
+            round_: that was joined.
+            left: code and reason; None: ready.
+            detail: for people.
+            update: root of the update on the disk, which no other may take the place of.
 
         Raises:
             NotFoundError: the round was not joined.
@@ -343,6 +318,7 @@ class Journal:
                         code=left.rule if left else None,
                         outcome_reason=left.reason if left else None,
                         outcome_at=self._now_ms(),
+                        update_root=update,
                     )
                 )
                 more = {"code": left.rule, "reason": left.reason} if left else {}
@@ -419,6 +395,35 @@ class Journal:
                 detail = {"attempt": attempt, "receipt": receipt.hex()}
                 self._note(connection, round_.run, round_.number, "receipt", detail)
 
+    # -- secure sums -----------------------------------------------------------------------------
+
+    def stage(self, run: RunId) -> SecureKnown | None:
+        """The furthest this node came in the secure sums of a run."""
+        query = sa.select(_stages).where(_stages.c.run == run)
+        newest = query.order_by(_stages.c.number.desc(), _stages.c.attempt.desc()).limit(1)
+        row = self._one(newest)
+        if row is None:
+            return None
+        round_ = RoundId(RunId(row.run), row.number)
+        return SecureKnown(round=round_, attempt=row.attempt, stage=row.stage)
+
+    def add_stage(self, reached: SecureKnown) -> None:
+        """Keep that a stage was reached; an earlier one than is known changes nothing."""
+        round_, attempt = reached.round, reached.attempt
+        where = (*_is(_stages, round_), _stages.c.attempt == attempt)
+        with self._write() as connection:
+            row = connection.execute(sa.select(_stages.c.stage).where(*where)).first()
+            if row is not None and RANK[row.stage] >= RANK[reached.stage]:
+                return
+            values = {"stage": reached.stage, "reached_at": self._now_ms()}
+            if row is None:
+                values |= {"run": round_.run, "number": round_.number, "attempt": attempt}
+                connection.execute(_stages.insert().values(**values))
+            else:
+                connection.execute(_stages.update().where(*where).values(**values))
+            detail = {"attempt": attempt, "stage": reached.stage}
+            self._note(connection, round_.run, round_.number, "secure sum", detail)
+
     # -- confirms --------------------------------------------------------------------------------
 
     def confirm(self, round_: RoundId) -> ConfirmRecord | None:
@@ -482,16 +487,22 @@ class Journal:
         return {NodeId(row.node): row.key for row in rows}
 
     def pin_keys(self, keys: Mapping[str, str]) -> None:
-        """Remember keys of members not seen before; a key that is pinned never changes here."""
-        known = self.pinned_keys()
-        fresh = {node: key for node, key in keys.items() if NodeId(node) not in known}
-        if not fresh:
-            return
-        at = self._now_ms()
+        """Remember keys of members not seen before; a key that is pinned never changes here.
+
+        Raises:
+            EquivocationError: a member has another key than the one that is pinned.
+        """
+        fresh, at = [], self._now_ms()
         with self._write() as connection:
-            for node, key in sorted(fresh.items()):
-                connection.execute(sa.insert(_pins).values(node=node, key=key, seen_at=at))
-            self._note(connection, "", None, "keys pinned", {"nodes": sorted(fresh)})
+            known = {row.node: row.key for row in connection.execute(sa.select(_pins)).all()}
+            for node, key in sorted(keys.items()):
+                if known.get(node, key) != key:
+                    raise EquivocationError(f"{node} had another signing key before")
+                if node not in known:
+                    connection.execute(_pins.insert().values(node=node, key=key, seen_at=at))
+                    fresh.append(node)
+            if fresh:
+                self._note(connection, "", None, "keys pinned", {"nodes": fresh})
 
     # -- entries ---------------------------------------------------------------------------------
 

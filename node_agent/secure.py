@@ -1,30 +1,35 @@
 """This node's part in a secure sum: what ``protocols.secagg.node`` decides, made durable and sent.
 
-The order is always the one that module asks for: make the new state durable, then send, then the
-old secrets are gone. Every step may be repeated: the same state gives the same bytes.
+The order is always the one that module asks for: make the new state durable (which destroys the
+old one), note in the journal how far the node has come, then send. Every step may be repeated: the
+same state gives the same bytes. Lists are fetched before a step and the state is read inside it,
+one step at a time: what comes late for an attempt that was given up finds it given up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from node_agent.journal import RoundRecord
+from node_agent.bulk import fetch_bytes
+from node_agent.records import RoundRecord, UploadRecord
 from node_agent.rules import Refusal
-from node_agent.secure_state import SecureStates
+from node_agent.secure_state import SecureKnown, SecureStates, outline
 from node_agent.site import Site
 from protocols.errors import (
     CorruptStateError,
+    DigestMismatchError,
     EquivocationError,
+    FederationError,
     IntegrityError,
     NotFoundError,
-    RefusedError,
     WrongPhaseError,
 )
 from protocols.gen import secure_sum_pb2
@@ -44,11 +49,13 @@ from protocols.secagg.messages import (
     Survivors,
     Transcript,
 )
-from protocols.secagg.states import Committed, Masking, NodeState, ReadySent, Revealed, Uploaded
-from protocols.secagg.verify import check_own_upload, verify_transcript
+from protocols.secagg.states import Masking, NodeState, ReadySent, Uploaded
+from protocols.secagg.verify import Verified, verify_transcript
+from protocols.upload import UploadHeader
 from protocols.wire import round_ref
 
 logger = logging.getLogger(__name__)
+MAX_TRANSCRIPT: Final = 64 * 2**20  # bytes; 64 nodes make some 20 MiB
 NOTHING_SEEN: Final = Digest("0" * 64)  # there is no round log to have seen yet
 
 _KINDS: Final[dict[str, str]] = {
@@ -93,23 +100,68 @@ def check_roster(
     return None
 
 
+def check_not_lost(state: NodeState | None, said: SecureKnown | None, round_: RoundId) -> None:
+    """Refuse to go on from a state that is older than what this node did in a round.
+
+    Args:
+        state: on the disk.
+        said: how far the node had come, by its journal.
+        round_: in which it is about to act.
+
+    Raises:
+        CorruptStateError: the state was lost or rolled back.
+    """
+    if said is None or said.round != round_:
+        return
+    if state is None or outline(state).order < said.order:
+        raise CorruptStateError(
+            f"secagg.state_lost: round {round_}: this node was {said.stage} in attempt"
+            f" {said.attempt}, its state of the secure sum is lost or older"
+        )
+
+
 @dataclass(slots=True, kw_only=True)
 class SecureSum:
     """Carries out the steps of secure sums for one node."""
 
     site: Site
     states: SecureStates
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     # -- what everybody needs ----------------------------------------------------------------
 
     def _state(self, round_: RoundId, attempt: int) -> NodeState:
         state = self.states.load(round_.run)
+        check_not_lost(state, self.site.journal.stage(round_.run), round_)
         if state is None or (state.attempt.round, state.attempt.number) != (round_, attempt):
-            raise CorruptStateError(f"there is no state of round {round_}, attempt {attempt}")
+            raise NotFoundError(f"there is no state of round {round_}, attempt {attempt}")
         return state
 
-    def _attempt(self, record: RoundRecord, plan: Plan, number: int) -> Attempt:
-        return attempt_of(plan, record.round, number, record.start_root)
+    def _keep(self, move: machine.Move) -> machine.Move:
+        """Durable first: then it may be sent."""
+        self.states.keep(move.state.attempt.round.run, move.state)
+        self.site.journal.add_stage(outline(move.state))
+        logger.info("%s", move.why)
+        return move
+
+    def _step(
+        self, round_: RoundId, attempt: int, move_on: Callable[[NodeState], machine.Move]
+    ) -> machine.Move:
+        """Decide on the durable state and keep what follows, as one step. Blocking."""
+        with self._one_at_a_time:
+            return self._keep(move_on(self._state(round_, attempt)))
+
+    async def _carry_out(
+        self, round_: RoundId, attempt: int, move_on: Callable[[NodeState], machine.Move]
+    ) -> NodeState:
+        """A step, then what it sends."""
+        move = await asyncio.to_thread(self._step, round_, attempt, move_on)
+        await self._send(round_, move)
+        return move.state
+
+    async def _send(self, round_: RoundId, move: machine.Move) -> None:
+        for message in move.send:
+            await self._post(round_, message)
 
     async def _get(self, round_: RoundId, attempt: int, kind: str) -> Any:
         request = secure_sum_pb2.GetRequest(round=round_ref(round_), attempt=attempt, kind=kind)
@@ -117,18 +169,8 @@ class SecureSum:
         answer = await self.site.connection.ask(lambda c: c.secure_sum.Get, request, attempts=1)
         return await asyncio.to_thread(from_bytes, _LISTS[kind], answer.body)
 
-    async def _carry_out(self, round_: RoundId, move: machine.Move) -> None:
-        """Durable first, then on the wire."""
-        await asyncio.to_thread(self.states.keep, round_.run, move.state)
-        for message in move.send:
-            await self._post(round_, message)
-        logger.info("%s", move.why)
-
     async def _post(self, round_: RoundId, message: Signed[Any] | DealBundle) -> None:
-        if isinstance(message, DealBundle):
-            kind = "deal"
-        else:
-            kind = _KINDS[type(message.body).__name__]
+        kind = "deal" if isinstance(message, DealBundle) else _KINDS[type(message.body).__name__]
         request = secure_sum_pb2.PostRequest(
             round=round_ref(round_), kind=kind, body=message.to_bytes()
         )
@@ -138,138 +180,200 @@ class SecureSum:
 
     async def ready(self, record: RoundRecord, plan: Plan, number: int) -> None:
         """READY of an attempt; gives up the attempt before it, if there was one in the round."""
+        round_ = record.round
+        moves = await asyncio.to_thread(self._join_attempt, record, plan, number)
+        for move in moves:
+            await self._send(round_, move)
+
+    def _join_attempt(self, record: RoundRecord, plan: Plan, number: int) -> list[machine.Move]:
         round_, key = record.round, self.site.signing_key
-        state = await asyncio.to_thread(self.states.load, round_.run)
-        if state is not None and state.attempt.round == round_ and state.attempt.number < number:
-            try:
-                await self._carry_out(round_, machine.abort(state, "secagg.restart", key))
-            except (EquivocationError, WrongPhaseError):
-                logger.info("%s was over for this node before", state.attempt)
+        moves: list[machine.Move] = []
+        with self._one_at_a_time:
             state = self.states.load(round_.run)
-        move = machine.ready(
-            state,
-            self._attempt(record, plan, number),
-            self.site.node,
-            key,
-            seed=self.site.random_bytes(32),
-            seen_size=0,
-            seen_root=NOTHING_SEEN,
-        )
-        await self._carry_out(round_, move)
+            check_not_lost(state, self.site.journal.stage(round_.run), round_)
+            if state is not None and state.attempt.round == round_:
+                last = state.attempt.number
+                if last < number:
+                    try:
+                        given_up = machine.abort(state, "secagg.restart", key)
+                        moves.append(self._keep(given_up))
+                        state = given_up.state
+                    except (EquivocationError, WrongPhaseError):
+                        logger.info("%s was over for this node before", state.attempt)
+            move = machine.ready(
+                state,
+                attempt_of(plan, round_, number, record.start_root),
+                self.site.node,
+                key,
+                seed=self.site.random_bytes(32),
+                seen_size=0,
+                seen_root=NOTHING_SEEN,
+            )
+            moves.append(self._keep(move))
+        return moves
 
     async def deal(self, round_: RoundId, number: int) -> None:
         """READY once more, in case it was lost, and DEAL as soon as START is there."""
-        state = self._state(round_, number)
+        state = await asyncio.to_thread(self._state, round_, number)
         if isinstance(state, ReadySent):
             await self._post(round_, state.ready)
-        start = await self._get(round_, number, "start")
-        key = self.site.signing_key
-        await self._carry_out(round_, await asyncio.to_thread(machine.deal, state, start, key))
+        start, key = await self._get(round_, number, "start"), self.site.signing_key
+        await self._carry_out(round_, number, lambda state: machine.deal(state, start, key))
 
     async def acknowledge(self, round_: RoundId, number: int) -> None:
         """Open the packets; DEAL_OK or a complaint."""
-        state = self._state(round_, number)
-        delivery = await self._get(round_, number, "delivery")
-        move = await asyncio.to_thread(
-            machine.acknowledge,
-            state,
-            delivery,
-            self.site.signing_key,
-            checkpoint=NO_CHECKPOINT,
+        delivery, key = await self._get(round_, number, "delivery"), self.site.signing_key
+        await self._carry_out(
+            round_,
+            number,
+            lambda state: machine.acknowledge(state, delivery, key, checkpoint=NO_CHECKPOINT),
         )
-        await self._carry_out(round_, move)
 
     async def masking(self, round_: RoundId, number: int) -> Masking | Uploaded:
-        """The state from which masks are made, once everybody has agreed."""
-        state = self._state(round_, number)
-        if isinstance(state, Uploaded):
-            return state
-        if not isinstance(state, Masking):
+        """The state from which masks are made, once everybody has agreed.
+
+        Raises:
+            WrongPhaseError: this node has gone further, or has given the attempt up.
+        """
+        state = await asyncio.to_thread(self._state, round_, number)
+        if not isinstance(state, Masking | Uploaded):
             go = await self._get(round_, number, "go")
-            move = await asyncio.to_thread(machine.go, state, go)
-            await self._carry_out(round_, move)
-            state = move.state
-        if not isinstance(state, Masking):
+            state = await self._carry_out(round_, number, lambda state: machine.go(state, go))
+        if not isinstance(state, Masking | Uploaded):
             raise WrongPhaseError(f"round {round_}: this node is past masking")
         return state
 
     async def fix(self, round_: RoundId, number: int, *, root: Digest, size: int) -> None:
-        """Fix the masked vector: from here on no other bytes can leave."""
-        state = self._state(round_, number)
-        move = machine.upload(state, self.site.signing_key, upload_root=root, length=size)
-        await self._carry_out(round_, move)
+        """Fix the masked vector: from here on no other bytes can leave. Nothing is sent yet."""
+        key = self.site.signing_key
+        await asyncio.to_thread(
+            self._step,
+            round_,
+            number,
+            lambda state: machine.upload(state, key, upload_root=root, length=size),
+        )
 
-    async def repost_header(self, round_: RoundId, number: int) -> None:
-        """Hand in the signed header again, before bytes are sent."""
-        state = self._state(round_, number)
-        if isinstance(state, Uploaded):
-            await self._post(round_, state.header)
+    async def post_header(self, round_: RoundId, number: int) -> None:
+        """Hand in the signed header; bytes are sent after it.
+
+        Raises:
+            WrongPhaseError: no vector is fixed, or this node has gone further.
+        """
+        state = await asyncio.to_thread(self._state, round_, number)
+        if not isinstance(state, Uploaded):
+            raise WrongPhaseError(f"round {round_}: this node has no vector to hand in")
+        await self._post(round_, state.header)
 
     async def commit(self, round_: RoundId, number: int) -> None:
         """COMMIT to the survivor list, or ABORT when it does not stand up to the checks."""
-        state, key = self._state(round_, number), self.site.signing_key
-        survivors = await self._get(round_, number, "survivors")
-        try:
-            move = await asyncio.to_thread(machine.commit, state, survivors, key)
-        except IntegrityError as error:
-            logger.warning("round %s: %s", round_, error.diagnostics())
-            detail = {"code": error.code, "reason": str(error)}
-            await asyncio.to_thread(
-                self.site.journal.note, "survivor list refused", detail, round_=round_
-            )
-            move = machine.abort(state, "secagg.survivors", key)
-        await self._carry_out(round_, move)
+        survivors, key = await self._get(round_, number, "survivors"), self.site.signing_key
+
+        def verdict(state: NodeState) -> machine.Move:
+            try:
+                return machine.commit(state, survivors, key)
+            except IntegrityError as error:
+                logger.warning("round %s: %s", round_, error.diagnostics())
+                detail = {"code": error.code, "reason": str(error)}
+                self.site.journal.note("survivor list refused", detail, round_=round_)
+                return machine.abort(state, "secagg.survivors", key)
+
+        await self._carry_out(round_, number, verdict)
 
     async def abort(self, round_: RoundId, number: int, reason: str) -> None:
         """ABORT the attempt, for good."""
-        state = self._state(round_, number)
-        await self._carry_out(round_, machine.abort(state, reason, self.site.signing_key))
+        key = self.site.signing_key
+        await self._carry_out(round_, number, lambda state: machine.abort(state, reason, key))
 
     async def reveal(self, round_: RoundId, number: int) -> None:
         """One kind of share for each member."""
-        state = self._state(round_, number)
-        certificate = await self._get(round_, number, "commits")
-        move = await asyncio.to_thread(machine.reveal, state, certificate, self.site.signing_key)
-        await self._carry_out(round_, move)
+        commits, key = await self._get(round_, number, "commits"), self.site.signing_key
+        await self._carry_out(round_, number, lambda state: machine.reveal(state, commits, key))
 
-    async def close(self, round_: RoundId) -> None:
-        """Erase what is left of an attempt that is over."""
-        state = await asyncio.to_thread(self.states.load, round_.run)
-        if state is None or state.attempt.round != round_:
-            raise NotFoundError(f"there is no state of round {round_}")
-        await self._carry_out(round_, machine.close(state, "released"))
+    async def close(self, round_: RoundId, number: int) -> None:
+        """Erase what is left of an attempt that is over, whatever state it is in."""
+
+        def erase() -> None:
+            with self._one_at_a_time:
+                state = self.states.load(round_.run)
+                if state is None or (state.attempt.round, state.attempt.number) != (round_, number):
+                    raise NotFoundError(f"there is no state of round {round_}, attempt {number}")
+                self._keep(machine.close(state, "released"))
+
+        await asyncio.to_thread(erase)
 
     # -- after the release -------------------------------------------------------------------
 
-    def check_transcript(
+    async def check_opening(
         self,
-        record: RoundRecord,
         plan: Plan,
+        round_: RoundId,
         number: int,
-        data: bytes,
+        *,
+        model_root: Digest,
+        transcript: Digest | None,
         survivors: frozenset[NodeId],
     ) -> tuple[str, str]:
-        """Look at how a sum was opened. Blocking.
+        """Whether a sum was opened as the specification demands, and with this node's own upload.
+
+        Args:
+            plan: of the run.
+            round_: that was released.
+            number: of its attempt.
+            model_root: of the model that the round starts from, as this node derived it.
+            transcript: blob that says how the sum was opened; None: none is named.
+            survivors: whose updates are in the sum.
 
         Returns:
             Objection code and detail; two empty strings when everything holds.
+
+        Raises:
+            NotReadyError: the transcript cannot be had now.
         """
-        attempt = self._attempt(record, plan, number)
-        state = self.states.load(record.round.run)
-        mine = (
-            state.header
-            if isinstance(state, Uploaded | Committed | Revealed) and state.attempt == attempt
-            else None
-        )
+        if transcript is None:
+            return "secagg.transcript", "a secure sum was opened and nothing says how"
         try:
-            verified = verify_transcript(from_bytes(Transcript, data), attempt)
-            if verified.listed.headers.keys() != survivors:
-                return "secagg.transcript", "the transcript opens the sum of other nodes"
-            if mine is not None:
-                check_own_upload(verified, self.site.node, mine)
-        except (IntegrityError, RefusedError) as error:
+            data = await fetch_bytes(
+                self.site.connection, transcript, limit=MAX_TRANSCRIPT, round_=round_
+            )
+        except (NotFoundError, DigestMismatchError) as error:
             return "secagg.transcript", str(error)
+        attempt = attempt_of(plan, round_, number, model_root)
+        mine = await asyncio.to_thread(self.site.journal.upload, round_, number)
+        try:
+            verified = await asyncio.to_thread(_read_transcript, data, attempt)
+        except FederationError as error:  # whatever it is: these bytes will not get better
+            return "secagg.transcript", str(error)
+        return check_own_part(verified, self.site.node, mine, survivors)
+
+
+def _read_transcript(data: bytes, attempt: Attempt) -> Verified:
+    return verify_transcript(from_bytes(Transcript, data), attempt)
+
+
+def check_own_part(
+    verified: Verified, node: NodeId, mine: UploadRecord | None, survivors: frozenset[NodeId]
+) -> tuple[str, str]:
+    """Whether a verified transcript opens the sum that was published, with what this node sent.
+
+    Args:
+        verified: the transcript.
+        node: this node.
+        mine: the vector this node made in the attempt, if it made one.
+        survivors: whose updates are said to be in the sum.
+
+    Returns:
+        Objection code and detail; two empty strings when everything holds.
+    """
+    listed = verified.listed.headers
+    if listed.keys() != survivors:
+        return "secagg.transcript", "the transcript opens the sum of other nodes"
+    if node not in listed:
         return "", ""
+    header = UploadHeader.from_bytes(mine.header) if mine is not None else None
+    named = (listed[node].upload_root, listed[node].length)
+    if header is None or (header.root, header.size) != named:
+        return "secagg.transcript", "the transcript names another upload of this node"
+    return "", ""
 
 
 def dither_seed(state: Masking) -> bytes:
