@@ -19,6 +19,7 @@ from coordinator.blobs import Blobs
 from coordinator.ca import CertificateAuthority
 from coordinator.clock import Clock, SystemClock
 from coordinator.config import CoordinatorConfig
+from coordinator.drivers.retention import RetentionDriver
 from coordinator.drivers.rounds import RoundDriver
 from coordinator.layouts import Layouts
 from coordinator.ledger import Ledger
@@ -201,6 +202,12 @@ async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
         layouts=parts.layouts,
         spool=config.spool,
     )
+    retention = RetentionDriver(
+        ledger=parts.ledger,
+        clock=parts.clock,
+        spool=config.spool,
+        days=config.upload_retention_days,
+    )
     try:
         for server in servers:
             await server.start()
@@ -211,12 +218,16 @@ async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
             config.enrolment_address,
         )
         driving = asyncio.create_task(driver.run(), name="round driver")
+        retaining = asyncio.create_task(retention.run(), name="retention")
         stopped = asyncio.create_task(stopping.wait())
-        done, _ = await asyncio.wait({driving, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if driving in done:
-            driving.result()  # a driver never ends by itself: raise what stopped it
-        driving.cancel()
-        await asyncio.wait({driving}, timeout=_GRACE_S)
+        done, _ = await asyncio.wait(
+            {driving, retaining, stopped}, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in done - {stopped}:
+            task.result()  # a driver never ends by itself: raise what stopped it
+        for task in (driving, retaining):
+            task.cancel()
+        await asyncio.wait({driving, retaining}, timeout=_GRACE_S)
     finally:
         await asyncio.gather(*(server.stop(_GRACE_S) for server in servers))
         await parts.ledger.close()

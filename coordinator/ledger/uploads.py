@@ -27,6 +27,9 @@ _OF_ATTEMPT = (
     .order_by(uploads.c.node_id)
 )
 _OF_NODE = _OF_ATTEMPT.where(uploads.c.node_id == bindparam("node"))
+_OF_ROUND = sa.select(uploads).where(
+    uploads.c.run_id == bindparam("run"), uploads.c.number == bindparam("n")
+)
 _FINISH = (
     sa.update(uploads)
     .where(uploads.c.upload_id == bindparam("id_"), uploads.c.receipt.is_(None))
@@ -100,6 +103,10 @@ class Uploads(Statements):
         """All uploads of an attempt, by node."""
         found = self._all(_OF_ATTEMPT, run=round_id.run, n=round_id.number, try_=attempt)
         return [_upload(row) for row in found]
+
+    def all_uploads(self, round_id: RoundId) -> list[UploadRow]:
+        """All uploads of a round, of every attempt."""
+        return [_upload(row) for row in self._all(_OF_ROUND, run=round_id.run, n=round_id.number)]
 
     def finish_upload(self, upload_id: bytes, receipt: bytes, now: datetime) -> bool:
         """Record the receipt of a complete upload. Returns whether it was new."""
