@@ -1,9 +1,9 @@
 """Removes uploads whose retention has ended. Sums, transcripts and snapshots stay.
 
-Uploads are kept after their round so that an auditor can add them up again; the site that sent one
-was told for how long (config ``[storage] upload_retention_days``). A vector goes only when its round
-is final and the days have passed since then. Level-based and idempotent: any coordinator may do it,
-at any time, as often as it likes.
+Uploads are kept after their round so that an auditor can add them up again, for as long as the
+config says (``[storage] upload_retention_days``). A vector goes only when its round is final and
+the days have passed since then. Level-based and idempotent: any coordinator may do it, at any time,
+as often as it likes.
 """
 
 from __future__ import annotations
