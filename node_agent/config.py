@@ -27,6 +27,9 @@ hangs_after_s = 120
 [allow]
 local_steps = ["builtin", "synthetic"]
 flower_apps = []                   # "package.module:app", each by name
+[flower]
+python_path = ["apps"]             # where apps come from; left out: whatever Python can import
+node_config = "partition-id=3"     # node_config of an app's Context, in Flower's own notation
 [limits]
 cpu_threads = 1                    # for encoding and for the outer step
 """
@@ -35,7 +38,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,6 +96,13 @@ class AllowConfig(_Section):
     modes: tuple[Literal["open", "aggregate-only"], ...] = ("open", "aggregate-only")
 
 
+class FlowerConfig(_Section):
+    """What the site lends to Flower apps."""
+
+    python_path: tuple[str, ...] = ()
+    node_config: str = Field(default="", max_length=10_000)
+
+
 class LimitsConfig(_Section):
     """What the agent itself may use."""
 
@@ -107,6 +117,7 @@ class _File(_Section):
     data: DataConfig = DataConfig()
     worker: WorkerConfig = WorkerConfig()
     allow: AllowConfig = AllowConfig()
+    flower: FlowerConfig = FlowerConfig()
     limits: LimitsConfig = LimitsConfig()
 
 
@@ -194,6 +205,7 @@ class NodeConfig:
     worker: WorkerConfig
     allow: AllowConfig
     limits: LimitsConfig
+    flower: FlowerConfig = field(default_factory=FlowerConfig)
 
 
 def _absolute(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -234,6 +246,10 @@ def load_config(folder: NodeFolder) -> NodeConfig:
         worker=file.worker,
         allow=file.allow,
         limits=file.limits,
+        flower=FlowerConfig(
+            python_path=_absolute(file.flower.python_path, base),
+            node_config=file.flower.node_config,
+        ),
     )
 
 
@@ -273,6 +289,9 @@ device = {text(worker.device)}  # "auto", "cpu" or "cuda"
 # What this site is willing to run. Flower apps are allowed by name.
 local_steps = ["builtin", "synthetic"]
 flower_apps = []
+
+# [flower]
+# python_path = ["apps"]  # folders that Flower apps come from
 
 [limits]
 cpu_threads = 1  # for encoding and for the outer step

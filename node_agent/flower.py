@@ -6,6 +6,10 @@
     config  = lr, server-round, app_config, ...    ConfigRecord
     reply   = trained arrays, num-examples         -> delta.f32 = arrays - model
 
+A Flower strategy at the coordinator makes a run of each of its rounds. ``minga-series`` in the
+plan's app_config says to which whole they belong: to the app they are one run with one Context,
+counted by ``server-round``.
+
 The app sees Flower's own API and cannot tell: no SuperLink, no SuperNode, nothing is sent. Its
 Context keeps its state between rounds and restarts. It is imported once and stays loaded, so
 caches and CUDA contexts survive the round, which Flower's own per-message processes do not offer.
@@ -91,6 +95,7 @@ from protocols.tensors.manifest import Manifest
 
 _SUPERLINK: Final = 1  # the node id Flower gives the server's side
 _POLL_S: Final = 0.1
+_SERIES: Final = "minga-series"  # in app_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +201,32 @@ def _evaluates(error: Exception) -> bool:
 def _number(text: str) -> int:
     """A stable positive 63-bit id for a name, as Flower's ids are."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1 or 1
+
+
+# -- which run it is to the app ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Which Context a job continues."""
+
+    run_id: int  # as Flower counts them
+    folder: Path
+    round: int
+
+
+def memory_of(job: Job, plan: Plan, spool: Spool) -> Memory:
+    """The Context of the job's run, or of the series that its plan belongs to.
+
+    A series is one app's: what one app remembered is not given to another.
+    """
+    told = plan.local_step.app_config
+    series, number = told.get(_SERIES), told.get("server-round")
+    if not isinstance(series, str) or type(number) is not int or not 1 <= number < 10**6:
+        return Memory(run_id=_number(job.run), folder=spool.state(job.run), round=job.round)
+    run_id = _number(f"{plan.local_step.app} {series}")
+    # A run's name has no dot: no run's memory can have this name.
+    return Memory(run_id=run_id, folder=spool.state(f"series.{run_id:016x}"), round=number)
 
 
 # -- what goes in --------------------------------------------------------------------------------
@@ -318,12 +349,12 @@ def run_app(job: Job, context: JobContext, plan: Plan, manifest: Manifest, *, si
         raise JobFailedError("flower.app", "the plan names no app")
     app = load_app(plan.local_step.app, site)
     theta = open_theta(Path(job.theta), manifest)
-    root = context.spool.state(job.run)
+    memory = memory_of(job, plan, context.spool)
     app_context = Context(
-        run_id=_number(job.run),
+        run_id=memory.run_id,
         node_id=_number(str(context.spool.root)),
         node_config=site_config(job, site.node_config),
-        state=from_plain(flower_state.load(root, job.round)),
+        state=from_plain(flower_state.load(memory.folder, memory.round)),
         run_config=dict(plan.local_step.app_config),
     )
     call = _Call(app, app_context, job, plan, theta, manifest, context)
@@ -336,7 +367,7 @@ def run_app(job: Job, context: JobContext, plan: Plan, manifest: Manifest, *, si
         counts, trained = call.train()
         seconds = context.clock.monotonic() - began
     delta = _write_delta(job, context, manifest, theta, trained)
-    flower_state.save(root, job.round, to_plain(app_context.state))
+    flower_state.save(memory.folder, memory.round, to_plain(app_context.state))
     return Result(
         id=job.id,
         steps=counts.steps,

@@ -75,7 +75,7 @@ def make_launchers(
         ),
         "flower": LocalLauncher(
             spool=flower,
-            command=lambda: flower_command(flower, parent=pid),
+            command=lambda: flower_command(config.flower, flower, parent=pid),
             **common,  # type: ignore[arg-type]
         ),
     }

@@ -30,7 +30,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from node_agent.client import Backoff
-from node_agent.config import WorkerConfig
+from node_agent.config import FlowerConfig, WorkerConfig
 from node_agent.decide import Work
 from node_agent.launchers.processes import (
     end_family,
@@ -72,10 +72,13 @@ def worker_command(config: WorkerConfig, spool: Spool, *, parent: int) -> list[s
     return [sys.executable, *launch, "--nproc-per-node", str(config.ranks), *worker, *life]
 
 
-def flower_command(spool: Spool, *, parent: int) -> list[str]:
+def flower_command(config: FlowerConfig, spool: Spool, *, parent: int) -> list[str]:
     """The command of the host of Flower client apps."""
     life = ["--exit-with-parent", "--parent-pid", str(parent)]
-    return [sys.executable, "-m", "node_agent.flower", "--spool", str(spool.root), *life]
+    lent = [f"--python-path={folder}" for folder in config.python_path]
+    if config.node_config:
+        lent.append(f"--node-config={config.node_config}")
+    return [sys.executable, "-m", "node_agent.flower", "--spool", str(spool.root), *life, *lent]
 
 
 def worker_environment(config: WorkerConfig, outside: Mapping[str, str]) -> dict[str, str]:

@@ -238,6 +238,35 @@ def test_the_context_is_kept_between_rounds_and_restarts(tmp_path, names):
     assert names_ == ["000001.flower", "000004.flower"]
 
 
+def test_runs_of_one_series_are_one_run_to_the_app(tmp_path, names):
+    """Each round of a strategy is a run of its own; the app's Context must not start anew."""
+    site, _ = make_site(tmp_path, APP)
+    spool, run = site.spool, site.plan.run
+
+    def told(app_config, **changes):
+        step = site.plan.local_step.model_copy(update={"app_config": app_config} | changes)
+        return site.plan.model_copy(update={"local_step": step})
+
+    memories = [
+        flower.memory_of(site.job(), told({"minga-series": series, "server-round": n}), spool)
+        for series, n in (("credit", 1), ("credit", 2), ("other", 2))
+    ]
+    first, second, other = memories
+    assert (first.folder, first.run_id) == (second.folder, second.run_id)
+    assert (first.round, second.round) == (1, 2)
+    assert other.folder != first.folder
+
+    config = {"minga-series": "credit", "server-round": 2}
+    another_app = flower.memory_of(site.job(), told(config, app="elsewhere:app"), spool)
+    assert another_app.folder != first.folder
+
+    own = spool.state(run)
+    for nothing in ({}, {"minga-series": "credit"}, {"minga-series": 3, "server-round": 1},
+                    {"minga-series": "credit", "server-round": 0}):  # fmt: skip
+        memory = flower.memory_of(site.job(4), told(nothing), spool)
+        assert (memory.folder, memory.round) == (own, 4)
+
+
 def test_an_app_that_evaluates_gives_sums_per_language(tmp_path, names):
     site, lent = make_site(tmp_path, APP + EVALUATED)
     job = site.ask()

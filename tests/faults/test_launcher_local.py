@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from node_agent.client import Backoff
-from node_agent.config import WorkerConfig
+from node_agent.config import FlowerConfig, WorkerConfig
 from node_agent.decide import Work
 from node_agent.launchers.local import (
     GIVE_UP,
@@ -356,7 +356,8 @@ def test_commands_and_environment():
     spool = Spool(Path("/spool"))
     one = worker_command(WorkerConfig(), spool, parent=7)
     many = worker_command(WorkerConfig(ranks=4, device="cuda"), spool, parent=7)
-    flower = flower_command(spool, parent=7)
+    flower = flower_command(FlowerConfig(), spool, parent=7)
+    lent = FlowerConfig(python_path=("/apps",), node_config="partition-id=3 name='x'")
     environment = worker_environment(
         WorkerConfig(threads=3, device="cpu", network_interface="ib0"), {"PATH": "/bin"}
     )
@@ -368,6 +369,10 @@ def test_commands_and_environment():
         " -m node_agent.worker --spool /spool --device cuda"
     )
     assert " ".join(flower[1:]) == f"-m node_agent.flower --spool /spool {life}"
+    assert flower_command(lent, spool, parent=7)[len(flower) :] == [
+        "--python-path=/apps",
+        "--node-config=partition-id=3 name='x'",
+    ]
     assert environment["PATH"] == "/bin"
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
