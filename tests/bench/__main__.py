@@ -156,9 +156,10 @@ def main() -> None:
         work=options.work.absolute(),
         scratch=options.scratch,
     )
+    found_on = machine()
     rows = run(groups, settings)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"machine": machine(), **report(rows)}
+    facts = {"machine": found_on, **report(rows)}
     options.out.write_text(json.dumps(facts, indent=1) + "\n")
     print(table(rows))
     print(f"\nwritten to {options.out}")
