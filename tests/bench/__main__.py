@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="measure the peers too")
     parser.add_argument("--quick", action="store_true", help="2.5 M parameters, few repetitions")
     parser.add_argument("--work", type=Path, default=default_work(), help="cache of the peers")
-    parser.add_argument("--scratch", type=Path, help="folder for temporary files; wants 8 GB")
+    parser.add_argument("--scratch", type=Path, help="folder for temporary files; wants 16 GB")
     parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
     options = parser.parse_args()
     groups = options.only or [name for name in GROUPS if name != "peers"]
