@@ -217,7 +217,7 @@ def check_terms(run: RunRow, row: RoundRow, node: NodeId, terms: Terms) -> None:
     if terms.plan is not None and terms.plan != run.plan_digest:
         raise PlanRefusedError(
             f"{node} read plan {terms.plan[:12]}…, run {run.run} is under {run.plan_digest[:12]}…",
-            rule="plan_digest",
+            rule="plan.digest",
         )
     if terms.model != row.start_root:
         raise ModelDisagreementError(

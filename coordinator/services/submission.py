@@ -13,6 +13,7 @@ from coordinator.blobs import Blobs
 from coordinator.ledger import NodeRow
 from protocols.errors import NotFoundError, PlanRefusedError
 from protocols.identifiers import Digest, FederationId, NodeId
+from protocols.outer_optimizers import optimizer_for
 from protocols.plan import Plan
 from protocols.round_vector import round_layout
 from protocols.tensors.manifest import Manifest
@@ -38,24 +39,25 @@ def check_submission(
     if plan.federation != federation:
         raise PlanRefusedError(
             f"the plan is for federation {plan.federation}, this is {federation}",
-            rule="federation",
+            rule="plan.federation",
         )
     if plan.mode not in MODES:
         raise PlanRefusedError(
             f"this coordinator cannot carry out mode {plan.mode}, only {', '.join(sorted(MODES))}",
-            rule="mode",
+            rule="plan.mode",
         )
     if snapshot.model_root != plan.model.initial:
         raise PlanRefusedError(
             f"the plan starts from model {plan.model.initial[:12]}…, the snapshot is"
             f" {snapshot.model_root[:12]}…",
-            rule="initial_model",
+            rule="model.initial",
         )
     if snapshot.manifest != plan.model.manifest or snapshot.round != 0:
         raise PlanRefusedError(
             "the snapshot is not of the plan's parameter set, or not of round 0",
-            rule="initial_model",
+            rule="model.initial",
         )
+    optimizer_for(plan.outer)
     _check_blobs(plan, snapshot, blobs)
 
 
@@ -77,7 +79,7 @@ def _check_blobs(plan: Plan, snapshot: Snapshot, blobs: Blobs) -> None:
         if size != need:
             raise PlanRefusedError(
                 f"{name} has {size} bytes; {manifest.coordinates} coordinates have {need}",
-                rule="initial_model",
+                rule="model.initial",
             )
     scales = blobs.open(Digest(snapshot.scales))
     Scales.from_bytes(scales.read(0, scales.size), manifest)
@@ -94,5 +96,5 @@ def check_roster(plan: Plan, known: Mapping[NodeId, NodeRow]) -> None:
     ]
     if missing:
         raise PlanRefusedError(
-            f"not an active member of this federation: {', '.join(missing)}", rule="roster"
+            f"not an active member of this federation: {', '.join(missing)}", rule="plan.roster"
         )

@@ -538,20 +538,26 @@ def model(**fields) -> dict:
 
 
 SUBMISSIONS = [
-    ("other federation", lambda p: {"federation": "other"}, PlanRefusedError, "federation"),
-    ("unknown node", lambda p: {"roster": [*NODES, "ushuaia"]}, PlanRefusedError, "roster"),
+    ("other federation", lambda p: {"federation": "other"}, PlanRefusedError, "plan.federation"),
+    ("unknown node", lambda p: {"roster": [*NODES, "ushuaia"]}, PlanRefusedError, "plan.roster"),
+    (
+        "unknown optimizer",
+        lambda p: {"outer": {"optimizer": "flower:Nobody"}},
+        PlanRefusedError,
+        "outer.flower.unknown",
+    ),
     ("unknown tensor", lambda p: {"trainable": ["nobody"]}, ManifestMismatchError, None),
     (
         "another first model",
         lambda p: {"model": model(manifest=p.model.manifest, initial="0" * 64)},
         PlanRefusedError,
-        "initial_model",
+        "model.initial",
     ),
     (
         "another parameter set",
         lambda p: {"model": model(manifest="0" * 64, initial=p.model.initial)},
         PlanRefusedError,
-        "initial_model",
+        "model.initial",
     ),
     ("same name, other plan", lambda p: {"title": "x", "run": p.run}, ExistsError, None),
 ]
