@@ -6,8 +6,9 @@ colour: every view says in words what it also colours.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -19,6 +20,8 @@ from protocols.gen import rounds_pb2
 
 PHASES: Final = ("Open", "Training", "Dealing", "Uploading", "Committing", "Revealing", "Released")
 _BOX: Final = box.SIMPLE_HEAD
+_ACROSS: Final = 6  # languages beside each other
+_FILE_WIDTH: Final = 100  # columns, where the output is no terminal
 _STYLES: Final = {"Released": "green", "Aborted": "yellow", "Burned": "red"}
 
 
@@ -28,9 +31,11 @@ class Sheet:
     def __init__(self, title: str, columns: Sequence[str], *, text_columns: int = 1) -> None:
         """The first ``text_columns`` are words, the others figures."""
         self._title = Text(title, style="bold")
-        self._table = Table(box=_BOX)
+        # One space between columns: all phases of a masked round fit into 80 columns.
+        self._table = Table(box=_BOX, padding=0, show_edge=False)
         for position, name in enumerate(columns):
-            self._table.add_column(name, justify="left" if position < text_columns else "right")
+            justify: Literal["left", "right"] = "left" if position < text_columns else "right"
+            self._table.add_column(name, justify=justify, no_wrap=True)
 
     def row(self, *values: object) -> None:
         """Add a row."""
@@ -43,7 +48,7 @@ class Sheet:
         self._table.add_section()
 
     def __rich__(self) -> RenderableType:
-        return Group(self._title, self._table)
+        return Group(self._title, self._table, Text(""))
 
 
 def figure(value: float | None, digits: int) -> str:
@@ -88,45 +93,55 @@ def used_phases(rounds: Sequence[RoundReport]) -> tuple[str, ...]:
 
 
 def phases_table(rounds: Sequence[RoundReport]) -> Sheet:
-    """Seconds per phase, one line for each round."""
+    """Seconds per phase, one line for each round; how it ended, where one ended without a sum."""
     phases = used_phases(rounds)
-    made = Sheet("Seconds per phase", ("round", "phase now", *phases, "in all"), text_columns=2)
+    told = any(not round_.released for round_ in rounds)
+    columns = ("round", *(("now",) if told else ()), *phases, "in all")
+    made = Sheet("Seconds per phase", columns, text_columns=2 if told else 1)
     for round_ in rounds:
         spent = seconds_by_phase(round_)
         made.row(
             round_.round.number,
-            phase_text(round_.phase),
+            *((phase_text(round_.phase),) if told else ()),
             *(figure(spent.get(phase), 2) for phase in phases),
             figure(round_.seconds, 2),
         )
     return made
 
 
-def learning_table(run: RunReport) -> Sheet | None:
-    """Held-out bits per byte by language; None where nothing was evaluated."""
+def learning_table(run: RunReport) -> RenderableType | None:
+    """Held-out bits per byte by language; None where nothing was evaluated.
+
+    Many languages are shown in several sheets, so that each fits on a screen.
+    """
     languages = run.languages()
     if not languages:
         return None
-    made = Sheet(
-        "Held-out bits per byte of the model each round starts from (lower is better)",
-        ("round", *languages, "all", "training loss (nats/token)"),
-    )
+    parts = [
+        _learning_sheet(run, languages[start : start + _ACROSS], first=start == 0)
+        for start in range(0, len(languages), _ACROSS)
+    ]
+    return Group(*parts)
+
+
+def _learning_sheet(run: RunReport, languages: Sequence[str], *, first: bool) -> Sheet:
+    title = "Held-out bits per byte of the model a round starts from (less is better)"
+    if first:
+        made = Sheet(f"{title}; loss: nats per token", ("round", "all", "loss", *languages))
+    else:
+        made = Sheet(f"{title}, continued", ("round", *languages))
     for round_ in run.released:
-        values = [
-            round_.evaluations[language].bits_per_byte if language in round_.evaluations else None
-            for language in languages
-        ]
+        found = round_.evaluations
+        both = (figure(round_.bits_per_byte, 3), figure(round_.training_loss, 3))
+        values = (found[name].bits_per_byte if name in found else None for name in languages)
         made.row(
-            round_.round.number,
-            *(figure(value, 3) for value in values),
-            figure(round_.bits_per_byte, 3),
-            figure(round_.training_loss, 3),
+            round_.round.number, *(both if first else ()), *(figure(value, 3) for value in values)
         )
     if len(run.learning()) > 1:
         lines = [sparkline([value for _, value in run.learning(name)]) for name in languages]
-        whole = sparkline([value for _, value in run.learning()])
+        whole = (sparkline([value for _, value in run.learning()]), "")
         made.line()
-        made.row("shape", *lines, whole, "")
+        made.row("shape", *(whole if first else ()), *lines)
     return made
 
 
@@ -140,9 +155,14 @@ def traffic_of(rounds: Sequence[RoundReport]) -> dict[str, Traffic]:
                 node=entry.node,
                 up=entry.up + (before.up if before else 0),
                 down=entry.down + (before.down if before else 0),
-                confirmed=entry.confirmed or (before.confirmed if before else ""),
+                confirmed=_verdict(before.confirmed if before else "", entry.confirmed),
             )
     return dict(sorted(total.items()))
+
+
+def _verdict(before: str, now: str) -> str:
+    """The last word of a node, but an objection stays: somebody has to look at it."""
+    return before if before.startswith("objection") else (now or before)
 
 
 def traffic_table(rounds: Sequence[RoundReport]) -> Sheet:
@@ -191,15 +211,28 @@ def round_line(round_: RoundReport) -> str:
     if not round_.released:
         return "  ".join([*parts, round_.why])
     if round_.bits_per_byte is not None:
-        by_language = " ".join(
-            f"{language} {figure(evaluation.bits_per_byte, 3)}"
-            for language, evaluation in round_.evaluations.items()
-        )
-        parts.append(f"bits/byte before {figure(round_.bits_per_byte, 3)} ({by_language})")
+        whole = figure(round_.bits_per_byte, 3)
+        parts.append(f"bits/byte before {whole} ({_by_language(round_)})")
     if round_.training_loss is not None:
         parts.append(f"loss {figure(round_.training_loss, 3)}")
     parts += [f"up {human_bytes(up)} down {human_bytes(down)}", seconds]
     return "  ".join(parts)
+
+
+def _by_language(round_: RoundReport) -> str:
+    """Each language's bits per byte; of many only the best and the worst."""
+    found = sorted(
+        (evaluation.bits_per_byte or 0.0, language)
+        for language, evaluation in round_.evaluations.items()
+    )
+    if len(found) > _ACROSS:
+        (best, easy), (worst, hard) = found[0], found[-1]
+        return f"{len(found)} languages, from {easy} {best:.3f} to {hard} {worst:.3f}"
+    return " ".join(f"{language} {value:.3f}" for value, language in sorted(found, key=_second))
+
+
+def _second(pair: tuple[float, str]) -> str:
+    return pair[1]
 
 
 def activity(progress: rounds_pb2.Progress) -> str:
@@ -225,4 +258,7 @@ def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
 
 def console(*, stderr: bool = False) -> Console:
     """A console that leaves text alone: no markup, no guessing of numbers."""
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _FILE_WIDTH
+    return made

@@ -17,7 +17,17 @@ from infra.runs.facts import (
     spans_of,
     sparkline,
 )
-from infra.runs.show import run_view, runs_table, seconds_by_phase, traffic_of, used_phases
+from infra.runs.show import (
+    activity,
+    round_line,
+    run_view,
+    runs_table,
+    seconds_by_phase,
+    traffic_of,
+    used_phases,
+)
+from infra.runs.watch import live_view, patient
+from protocols.errors import UnreachableError
 from protocols.gen import admin_pb2, rounds_pb2
 from protocols.rounds_codec import to_ms
 
@@ -192,10 +202,10 @@ def test_json_names_units_and_keeps_the_raw_sums():
     }
 
 
-def printed(view) -> str:
+def printed(view, *, width: int = 120) -> str:
     from rich.console import Console
 
-    out = Console(width=120, markup=False, highlight=False, record=True, file=_Nowhere())
+    out = Console(width=width, markup=False, highlight=False, record=True, file=_Nowhere())
     out.print(view)
     return out.export_text()
 
@@ -218,6 +228,121 @@ def test_the_view_shows_every_figure_and_takes_no_markup():
         assert words in text
     assert "[bold]not markup[/bold]" in text
     assert "model bbbbbbbbbbbb… confirmed" in text
+
+
+def test_a_masked_round_with_all_phases_fits_into_80_columns():
+    facts = round_facts(0, bits=2.0)
+    del facts.times[:]
+    names = "Open Training Dealing Uploading Committing Revealing Released Released"
+    for second, name in enumerate(names.split()):
+        facts.times.append(admin_pb2.PhaseTime(phase=name, entered_at_ms=ms(second * 1000)))
+
+    text = printed(run_view(run_facts(facts)), width=80)
+
+    for name in names.split():
+        assert name in text
+    assert text.count("1000.00") == 7
+    assert "…" not in text.replace("bbbbbbbbbbbb…", "")
+
+
+def test_many_languages_are_shown_in_several_sheets():
+    facts = round_facts(0, bits=2.0)
+    for number in range(20):
+        facts.metrics[f"nll_millinats/l{chr(97 + number)}"] = 1_000_000
+        facts.metrics[f"bytes/l{chr(97 + number)}"] = 1000
+    run = run_facts(facts)
+
+    text = printed(run_view(run), width=80)
+
+    assert set(run.languages()) <= set(text.split())
+    assert text.count("continued") == 3  # 22 languages, six beside each other
+    assert "22 languages, from" in round_line(run.rounds[0])
+
+
+def test_an_objection_is_not_forgotten():
+    first, second = round_facts(0, bits=2.0), round_facts(1, bits=2.0)
+    first.traffic[1].confirmed = "objection: model_disagreement"
+    second.traffic[1].confirmed = NEXT
+
+    total = traffic_of(run_facts(first, second).rounds)
+
+    assert total["a"].confirmed == "objection: model_disagreement"
+
+
+def test_a_round_that_gave_no_sum_says_why_in_its_line():
+    facts = round_facts(3, bits=2.0, name="Aborted", sum="", model_root="", code="too_few_ready")
+    facts.why = "1 ready, 2 needed, the others left"
+    run = run_facts(facts, status="active")
+
+    assert round_line(run.rounds[0]) == (
+        "round andes-7/3  Aborted  1 ready, 2 needed, the others left"
+    )
+    assert "Aborted" in printed(run_view(run))
+
+
+# -- watching ------------------------------------------------------------------------------------
+
+
+class Asked:
+    """Answers in turn; an error stands for nobody answering."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def __call__(self):
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_a_watcher_outlives_a_coordinator_that_is_away():
+    active, done = run_facts(status="active"), run_facts(status="done")
+    asked = Asked(active, UnreachableError("away"), UnreachableError("away"), active, done)
+
+    seen = list(patient(asked, sleep=lambda _: None, monotonic=iter(range(100)).__next__))
+
+    assert seen == [active, None, None, active, done]
+
+
+def test_a_watcher_gives_up_in_the_end():
+    asked = Asked(UnreachableError("away"))
+
+    with pytest.raises(UnreachableError):
+        list(patient(asked, sleep=lambda _: None, monotonic=iter(range(0, 999, 50)).__next__))
+
+
+def test_a_node_that_says_what_it_does_is_shown():
+    progress = rounds_pb2.Progress(
+        activity="training", step=3, max_step=40, tokens=3072, bytes_done=1000, bytes_total=2000
+    )
+
+    assert activity(progress) == "training, step 3/40, 3072 tokens, 1.0 kB of 2.0 kB"
+    assert activity(rounds_pb2.Progress()) == "idle"
+
+
+def test_the_live_view_says_who_has_done_what():
+    facts = round_facts(0, bits=2.0, name="Training", sum="", model_root="")
+    facts.phase.ready.append("a")
+    ref = rounds_pb2.RoundRef(run="andes-7", number=0)
+    old = rounds_pb2.RoundRef(run="andes-7", number=7)
+    nodes = [
+        admin_pb2.NodeFacts(
+            node="b",
+            progress=[
+                rounds_pb2.Progress(round=ref, activity="training", step=7, at_ms=1),
+                rounds_pb2.Progress(round=old, activity="fetching", at_ms=2),
+            ],
+        ),
+        admin_pb2.NodeFacts(node="a", state="running"),
+    ]
+
+    text = printed(live_view(run_facts(facts, status="active"), nodes))
+
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "a done running" in rows
+    assert "b waiting training, step 7" in rows
+    assert any(row.startswith("andes-7 active 0 of 2 rounds released") for row in rows)
 
 
 def test_a_run_without_rounds_and_no_runs_have_a_view():
