@@ -27,24 +27,17 @@ from protocols.errors import (
 )
 from protocols.identifiers import NodeId, RoundId
 from protocols.rounds import JoinArrived, Training
+from tests.support.ledger_urls import url
 from tests.support.ledgers import NODES, ROUND, START, begin, enrol, make_plan
-from tests.support.postgres import PostgresServer, postgres
+from tests.support.postgres import postgres
 
-__all__ = ["postgres"]  # a fixture
+__all__ = ["postgres", "url"]  # fixtures
 
 CLOCK = ManualClock(START)
 
 
 def sqlite_url(folder: Path) -> str:
     return f"sqlite:///{folder}/ledger.sqlite"
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return sqlite_url(tmp_path)
-    server: PostgresServer = request.getfixturevalue("postgres")
-    return server.new_database()
 
 
 # -- migrations --------------------------------------------------------------------------------

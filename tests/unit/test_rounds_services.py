@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
-from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
 from coordinator.ledger import Ledger
-from coordinator.rounds import MAX_FAILURES, EndRun, OpenRound, Wait, next_of_run, retry_at
-from coordinator.services.board import Board, stage
-from protocols.crypto.identity import Identity
+from coordinator.services.board import Board
 from protocols.enrolment import Invitation
 from protocols.errors import (
     EquivocationError,
-    ExistsError,
-    FederationError,
     MalformedMessageError,
-    ManifestMismatchError,
     ModelDisagreementError,
     NotFoundError,
     NotListedError,
@@ -30,102 +22,12 @@ from protocols.errors import (
     WrongPhaseError,
 )
 from protocols.gen import admin_pb2, rounds_pb2
-from protocols.identifiers import NodeId, RoundId
+from protocols.identifiers import NodeId
 from protocols.plan import Plan
-from protocols.rounds import Aborted, Burned, Dealing, Open, Released, Training
 from protocols.rounds_codec import to_ms
 from protocols.tensors.snapshot import Snapshot
-from protocols.wire import round_ref
 from tests.support.ledgers import NODES, START, digest
-from tests.support.spine import (
-    OPERATOR,
-    Network,
-    SimulatedNode,
-    Spine,
-    as_context,
-    initial_model,
-    quick_folder,
-)
-
-A, B, C, D = NODES
-AS = {node: as_context(Identity("node", node)) for node in (*NODES, NodeId("zapala"))}
-ZAPALA = NodeId("zapala")
-PERSON = as_context(OPERATOR)
-
-
-class World:
-    """A coordinator with one run and an open round."""
-
-    def __init__(self, spine: Spine, plan: Plan) -> None:
-        self.spine, self.plan = spine, plan
-        self.round = RoundId(plan.run_id, 0)
-        self.ref = round_ref(self.round)
-        self.root = plan.model.initial
-
-    def join(self, node=A, *, plan="", model="", number=0):
-        request = rounds_pb2.JoinRequest(
-            round=round_ref(RoundId(self.plan.run_id, number)),
-            plan_digest=plan or self.plan.digest,
-            model_root=model or self.root,
-        )
-        return self.spine.rounds.Join(request, AS[node])
-
-    def ready(self, node=A, model=""):
-        request = rounds_pb2.ReadyRequest(round=self.ref, model_root=model or self.root)
-        return self.spine.rounds.Ready(request, AS[node])
-
-    def confirm(self, node=A, model="", objection="", detail=""):
-        request = rounds_pb2.ConfirmRequest(
-            round=self.ref, model_root=model, objection=objection, detail=detail
-        )
-        return self.spine.rounds.Confirm(request, AS[node])
-
-    def sync(self, node=A, seen=0, wait_ms=0, **fields):
-        request = rounds_pb2.SyncRequest(seen=seen, wait_ms=wait_ms, **fields)
-        return self.spine.rounds.Sync(request, AS[node])
-
-    async def finish(self) -> None:
-        """Everybody acts until the run is done."""
-        nodes = [SimulatedNode(node) for node in self.plan.roster_ids]
-        for node in nodes:
-            node.confirmed.update(f"{self.plan.run}/{n}" for n in range(9))  # says nothing
-        network = Network(rng=__import__("random").Random(0), loss=0.0)
-        for _ in range(4 * self.plan.rounds):
-            for node in nodes:
-                await node.act(self.spine, network)
-            await self.spine.drive()
-
-    async def facts(self):
-        return await self.spine.admin.ShowRun(admin_pb2.ShowRunRequest(run=self.plan.run), PERSON)
-
-    async def history(self):
-        return await self.spine.ledger.read("history", lambda tx: tx.history())
-
-
-@asynccontextmanager
-async def world(folder: Path, **fields):
-    spine = Spine(folder)
-    await spine.start()
-    try:
-        plan = await spine.submit(rounds=1, **fields)
-        for node in (ZAPALA,):
-            await spine.ledger.run("enrol", lambda tx, n=node: tx.add_node(n, b"k" * 32, START))
-        await spine.drive()
-        yield World(spine, plan)
-    finally:
-        await spine.stop()
-
-
-def story(coroutine_function, **fields):
-    """Run a coroutine function in a world of its own."""
-
-    async def play() -> None:
-        with quick_folder() as folder:
-            async with world(folder, **fields) as made:
-                await coroutine_function(made)
-
-    asyncio.run(play())
-
+from tests.support.spine_world import AS, PERSON, ZAPALA, A, B, C, D, story
 
 # -- refusals ----------------------------------------------------------------------------------
 
@@ -522,157 +424,5 @@ def test_an_invitation_is_kept_only_as_its_hash():
                 await w.spine.admin.Invite(
                     admin_pb2.InviteRequest(institution="valdivia", valid_hours=hours), PERSON
                 )
-
-    story(play)
-
-
-# -- submissions -------------------------------------------------------------------------------
-
-
-def changed(plan: Plan, **fields) -> Plan:
-    return Plan.from_value(plan.model_dump(mode="json", by_alias=True) | fields)
-
-
-def model(**fields) -> dict:
-    return {"family": "vector", **fields}
-
-
-SUBMISSIONS = [
-    ("other federation", lambda p: {"federation": "other"}, PlanRefusedError, "plan.federation"),
-    ("unknown node", lambda p: {"roster": [*NODES, "ushuaia"]}, PlanRefusedError, "plan.roster"),
-    (
-        "unknown optimizer",
-        lambda p: {"outer": {"optimizer": "flower:Nobody"}},
-        PlanRefusedError,
-        "outer.flower.unknown",
-    ),
-    ("unknown tensor", lambda p: {"trainable": ["nobody"]}, ManifestMismatchError, None),
-    (
-        "another first model",
-        lambda p: {"model": model(manifest=p.model.manifest, initial="0" * 64)},
-        PlanRefusedError,
-        "model.initial",
-    ),
-    (
-        "another parameter set",
-        lambda p: {"model": model(manifest="0" * 64, initial=p.model.initial)},
-        PlanRefusedError,
-        "model.initial",
-    ),
-    ("same name, other plan", lambda p: {"title": "x", "run": p.run}, ExistsError, None),
-]
-
-
-@pytest.mark.parametrize(
-    ("why", "change", "error", "rule"), SUBMISSIONS, ids=[row[0] for row in SUBMISSIONS]
-)
-def test_submissions_that_are_refused(why, change, error, rule):
-    async def play(w):
-        plan = changed(w.plan, **{"run": "second", **change(w.plan)})
-        snapshot = initial_model(w.spine.blobs, w.plan).to_bytes()
-        before = w.spine.ledger.version()
-        with pytest.raises(error) as caught:
-            await w.spine.admin.SubmitRun(
-                admin_pb2.SubmitRunRequest(plan=plan.to_bytes(), snapshot=snapshot), PERSON
-            )
-        assert getattr(caught.value, "rule", None) == rule
-        assert w.spine.ledger.version() == before
-
-    story(play)
-
-
-def test_a_submission_without_its_blobs_is_refused():
-    async def play(w):
-        snapshot = initial_model(w.spine.blobs, w.plan)
-        request = admin_pb2.SubmitRunRequest(
-            plan=changed(w.plan, run="second").to_bytes(), snapshot=snapshot.to_bytes()
-        )
-        for name in ("theta", "scales", "manifest"):
-            w.spine.blobs.remove(getattr(snapshot, name))
-            with pytest.raises(NotFoundError, match=name):
-                await w.spine.admin.SubmitRun(request, PERSON)
-            initial_model(w.spine.blobs, w.plan)
-        await w.spine.admin.SubmitRun(request, PERSON)
-
-    story(play)
-
-
-def test_submitting_again_is_harmless():
-    async def play(w):
-        snapshot = initial_model(w.spine.blobs, w.plan).to_bytes()
-        request = admin_pb2.SubmitRunRequest(plan=w.plan.to_bytes(), snapshot=snapshot)
-        await w.spine.ledger.run("s", lambda tx: tx.set_node_status(A, "suspended", "later"))
-        before = w.spine.ledger.version()
-        facts = await w.spine.admin.SubmitRun(request, PERSON)
-        assert facts.run == w.plan.run
-        assert w.spine.ledger.version() == before
-
-    story(play)
-
-
-# -- decisions ---------------------------------------------------------------------------------
-
-
-async def rows(w):
-    run = await w.spine.ledger.read("look", lambda tx: tx.run(w.plan.run_id))
-    return run, (await w.spine.all_rounds(w.plan.run_id))[0]
-
-
-def test_how_a_run_goes_on():
-    async def play(w):
-        run, row = await rows(w)
-        burned = replace(row, phase=Burned(code="x", reason="y"))
-        released = replace(row, phase=Released(attempt=1, survivors=frozenset(NODES)))
-
-        assert next_of_run(run, []) == OpenRound(
-            number=0, index=0, start_snapshot=run.snapshot, why="the first round of the run"
-        )
-        assert isinstance(next_of_run(run, [row]), Wait)
-        assert isinstance(next_of_run(run, [released]), Wait)  # its sum is not open yet
-        again = next_of_run(run, [burned])
-        assert isinstance(again, OpenRound)
-        assert (again.number, again.index, again.start_snapshot) == (1, 0, row.start_snapshot)
-        assert again.why == f"round {row.round} was burned: y"
-        four = [replace(burned, round=RoundId(row.round.run, n)) for n in (3, 2, 1, 0)]
-        assert isinstance(next_of_run(run, four), OpenRound)
-        five = [replace(burned, round=RoundId(row.round.run, 4)), *four]
-        assert len(five) == MAX_FAILURES
-        assert next_of_run(run, five) == EndRun(
-            status="failed", why="5 rounds in a row ended without a release; the last: y"
-        )
-        pauses = [retry_at(four[4 - n :]) - row.changed_at for n in (1, 2, 3, 4)]
-        assert pauses == [timedelta(seconds=s) for s in (1, 2, 4, 8)]
-        assert retry_at([row]) is None
-
-    story(play)
-
-
-def test_what_nodes_have_to_hear_of():
-    async def play(w):
-        _, row = await rows(w)
-        opening = row.phase
-        assert isinstance(opening, Open)
-        dealing = Dealing(terms=opening.terms, closes_at=START, attempt=1, ready=frozenset({A, B}))
-        news = [
-            opening,
-            Training(terms=opening.terms, closes_at=START, cohort=frozenset({A})),
-            dealing,
-            replace(dealing, dealt=dealing.ready),
-            replace(dealing, attempt=2),
-            Released(attempt=1, survivors=frozenset()),
-            Aborted(code="x", reason="y"),
-        ]
-        assert len({stage(phase) for phase in news}) == len(news)
-        assert stage(opening) == stage(replace(opening, joined=frozenset({A})))
-        assert stage(dealing) == stage(replace(dealing, dealt=frozenset({A})))
-
-    story(play)
-
-
-def test_a_ledger_that_is_away_is_said():
-    async def play(w):
-        await w.spine.ledger.close()
-        with pytest.raises(FederationError):
-            await w.join(A)
 
     story(play)
