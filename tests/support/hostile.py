@@ -155,10 +155,11 @@ def _code_without(function: FunctionType, checks: Iterable[Check]) -> Any:
 def without(*checks: Check) -> Iterator[None]:
     """Run with these checks, and no others, taken out of the code of both sides."""
     with ExitStack() as stack:
+        for check in checks:
+            stack.callback(check.forget)  # runs last, when the code is whole again
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         by_function: dict[FunctionType, list[Check]] = {}
         for check in checks:
-            stack.callback(check.forget)
             if isinstance(check, Rule):
                 real = getattr(check.target, check.name)
                 patch.setattr(check.target, check.name, check.instead(real))
@@ -373,7 +374,10 @@ class Liar:
 
     def strip(self, masked: bytes, masks: Iterable[MaskKey]) -> np.ndarray:
         """Residues of one vector with these masks taken off."""
-        lanes = self.play.residues(masked)
+        return self.strip_lanes(self.play.residues(masked), masks)
+
+    def strip_lanes(self, lanes: np.ndarray, masks: Iterable[MaskKey]) -> np.ndarray:
+        """The same of lanes that are unpacked already."""
         off = [MaskKey(key=mask.key, sign=-mask.sign) for mask in masks]
         MaskAdder(off, self.play.ring).add(0, lanes)
         return lanes & (self.play.ring.modulus - 1)
