@@ -96,6 +96,11 @@ class Striker:
         self.struck: Struck | None = None
 
     @property
+    def moment(self) -> str:
+        """The phase it waits for."""
+        return self._phase
+
+    @property
     def done(self) -> bool:
         """Whether it struck and the round came to its end."""
         return self.struck is not None and self.struck.went_on_after_s is not None

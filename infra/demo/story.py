@@ -149,6 +149,12 @@ def _play(
         _export(run, federation, client)
         print_end(console, run, settings)
         _say_end(run, settings, path, federation, view)
+        missed = [striker.moment for striker in strikers if striker.struck is None]
+        if missed:
+            raise RunFailedError(
+                f"no round was met in phase {', '.join(missed)}, so nobody was killed there; "
+                "more rounds give more chances"
+            )
         if request.keep:
             _keep(federation, view)
     return Outcome(run=run, struck=struck, summary=path)
@@ -358,11 +364,13 @@ def _say_end(
 
 
 def _keep(federation: Federation, view: View) -> None:
+    """Leave everything running until Ctrl-C, which is then the regular end."""
     view.say(f"still running; ask it: minga run show {RUN} --dir {federation.folder}")
     view.say("Ctrl-C stops everything")
-    while True:
-        federation.household.check()
-        time.sleep(0.5)
+    with suppress(KeyboardInterrupt):
+        while True:
+            federation.household.check()
+            time.sleep(0.5)
 
 
 @contextmanager

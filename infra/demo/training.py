@@ -74,7 +74,7 @@ def demo_plan(
         "vector": {"ring_bits": 20, "scale": {"mode": "per-block", "first_bound": 0.1}},
         "deadlines": {
             "join": 120,
-            "train": 180,
+            "train": 300,  # a busy machine takes its time to start torch at four sites
             "deal": 60,
             "upload": 60,
             "commit": 60,
