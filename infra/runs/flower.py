@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.runs.client import AdminClient
+from infra.runs.facts import RunReport
 from infra.runs.operator import find_operator
 from infra.runs.plan_file import complete_plan, federation_of, read_initial_model
 from infra.runs.submission import submit
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from coordinator.flower import MingaGrid
     from coordinator.flower_rounds import Outcome
 
+_LEFT = ("decline", "leave")  # transactions in a run's history
 _OBJECTION = "objection"  # how a node's verdict begins that computed another model
 
 
@@ -52,7 +54,7 @@ class OperatorFederation:
         done = report.released[-1] if report.released else None
         return Outcome(
             status=report.status,
-            why=report.rounds[-1].why if report.rounds else "no round was opened",
+            why=self._why(report),
             released=done is not None,
             metrics=done.metrics if done is not None else {},
             snapshot=done.next_snapshot if done is not None else None,
@@ -62,6 +64,20 @@ class OperatorFederation:
                 if entry.confirmed.startswith(_OBJECTION)
             ),
         )
+
+    def _why(self, report: RunReport) -> str:
+        """Why the last round is where it is; of a run without a model, who left it last and why."""
+        if not report.rounds:
+            return "no round was opened"
+        why = report.rounds[-1].why
+        if not report.ended or report.released:
+            return why
+        left = [
+            f"{entry.node} said: {entry.why}"
+            for entry in self.client.watch(RunId(report.run))
+            if entry.transaction in _LEFT
+        ]
+        return f"{why}; {left[-1]}" if left else why
 
     def theta(self, snapshot: bytes) -> NDArray[np.float32]:
         """The weights of a snapshot; see the protocol."""
