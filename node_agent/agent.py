@@ -254,8 +254,10 @@ class Agent:
                 self._reconcile(seen)
             self._forget()
             self._show()
+            # Not wait_for: it forgets a cancellation that comes together with the wake-up.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TRAINING_TURN_S if training else TURN_S)
+                async with asyncio.timeout(TRAINING_TURN_S if training else TURN_S):
+                    await self._wake.wait()
 
     def _reconcile(self, seen: RunSeen) -> None:
         try:
