@@ -7,9 +7,11 @@ yet and holds nothing but ``Enrolment.Join``. Plaintext is not offered.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,10 @@ logger = logging.getLogger(__name__)
 
 MAX_CONTROL_MESSAGE = 6 * 2**20  # bytes: a plan, a manifest's hashes; payload messages are 1 MiB
 _GRACE_S = 3.0
+# Receive window of one stream, bytes. gRPC's own probe lets the windows of 33 senders grow to
+# gigabytes when the disk is slower than the senders; a fixed window bounds memory by the number of
+# streams, and one stream's speed by window / round trip.
+STREAM_WINDOW = 2 * 2**20
 _CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", MAX_CONTROL_MESSAGE),
     ("grpc.max_send_message_length", MAX_CONTROL_MESSAGE),
@@ -51,6 +57,8 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_time_ms", 210_000),  # middleboxes drop idle connections
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", STREAM_WINDOW),
     ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
 )
 
@@ -187,8 +195,19 @@ def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCrede
         raise ConfigurationError(f"cannot listen on {address}: is the port in use?")
 
 
+def keep_heap_small() -> None:
+    """Let glibc use two heaps instead of eight for each core: threads come and go here, and each
+    heap keeps the most it ever needed. Another C library is left as it is."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+
+
+_M_ARENA_MAX = -8  # from glibc's malloc.h
+
+
 async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
     """Serve until SIGTERM or SIGINT."""
+    keep_heap_small()
     parts = await build(config, clock or SystemClock())
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
