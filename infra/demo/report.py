@@ -20,6 +20,7 @@ from infra.demo.sites import SiteText
 from infra.runs.facts import RunReport, human_bytes, run_to_json, sparkline
 from infra.runs.show import (
     Sheet,
+    absences,
     figure,
     learning_table,
     phases_table,
@@ -165,6 +166,10 @@ def print_end(console: Console, run: RunReport, settings: Settings) -> None:
         console.print(learning)
         console.print(_before_after(run))
     console.print(phases_table(run.rounds))
+    missing = absences(run.rounds)
+    if missing is not None:
+        console.print(missing)
+        console.print()
     made = Sheet("Bytes over the whole run", ("site", "up", "down"))
     for node, entry in traffic_of(run.rounds).items():
         made.row(node, human_bytes(entry.up), human_bytes(entry.down))

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from protocols.gen import admin_pb2
 from protocols.identifiers import RoundId
+from protocols.plan import Plan
 from protocols.rounds_codec import from_ms
 from protocols.wire import read_round
 
@@ -84,6 +85,8 @@ class RoundReport:
     survivors: tuple[str, ...]
     ready: tuple[str, ...]  # who has done what the phase asks for, ascending
     next_snapshot: bytes | None  # canonical document of the next model, once there is one
+    attempt: int = 0  # of the sum, from 1; 0: none has begun, or the round ended without a sum
+    roster: tuple[str, ...] = ()  # all nodes of the plan, ascending; empty: not known
 
     @property
     def released(self) -> bool:
@@ -94,6 +97,11 @@ class RoundReport:
     def ended(self) -> bool:
         """Whether nothing can happen to the round any more."""
         return self.released or self.phase in ("Aborted", "Burned")
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Of a released round: the nodes of the plan whose update is not in the sum."""
+        return tuple(node for node in self.roster if node not in self.survivors and self.released)
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
@@ -146,6 +154,7 @@ class RunReport:
     submitted_at: datetime  # UTC
     rounds_planned: int
     rounds: tuple[RoundReport, ...]  # in the order in which they were opened
+    mode: str = ""  # of the sum; empty: not known
 
     @property
     def ended(self) -> bool:
@@ -208,8 +217,8 @@ _DONE_SO_FAR: Final = {  # phase -> the list of its view that grows
 }
 
 
-def read_round_facts(facts: admin_pb2.RoundFacts) -> RoundReport:
-    """One round of the coordinator's answer.
+def read_round_facts(facts: admin_pb2.RoundFacts, roster: tuple[str, ...] = ()) -> RoundReport:
+    """One round of the coordinator's answer, and who could have been in it.
 
     Raises:
         MalformedMessageError: a name or time in it is none.
@@ -238,6 +247,8 @@ def read_round_facts(facts: admin_pb2.RoundFacts) -> RoundReport:
         survivors=tuple(view.survivors),
         ready=tuple(getattr(view, grown)) if grown else (),
         next_snapshot=facts.next_snapshot or None,
+        attempt=int(view.attempt),
+        roster=roster,
     )
 
 
@@ -247,6 +258,8 @@ def read_run_facts(facts: admin_pb2.RunFacts) -> RunReport:
     Raises:
         MalformedMessageError: a name or time in it is none.
     """
+    plan = Plan.from_bytes(facts.plan) if facts.plan else None
+    roster = plan.roster if plan else ()
     return RunReport(
         run=facts.run,
         title=facts.title,
@@ -254,7 +267,8 @@ def read_run_facts(facts: admin_pb2.RunFacts) -> RunReport:
         plan_digest=facts.plan_digest,
         submitted_at=from_ms(int(facts.submitted_at_ms)),
         rounds_planned=int(facts.rounds_planned),
-        rounds=tuple(read_round_facts(entry) for entry in facts.rounds),
+        rounds=tuple(read_round_facts(entry, roster) for entry in facts.rounds),
+        mode=plan.mode if plan else "",
     )
 
 
@@ -281,7 +295,9 @@ def round_to_json(report: RoundReport) -> dict[str, Any]:
             }
             for span in report.spans
         ],
+        "attempt": report.attempt or None,
         "survivors": list(report.survivors),
+        "absent": list(report.absent),
         "model_in": report.model_in,
         "model_out": report.model_out or None,
         "sum": report.sum or None,
@@ -310,6 +326,7 @@ def run_to_json(report: RunReport) -> dict[str, Any]:
         "run": report.run,
         "title": report.title,
         "status": report.status,
+        "mode": report.mode or None,
         "plan_digest": report.plan_digest,
         "submitted_at": report.submitted_at.isoformat(),
         "rounds_planned": report.rounds_planned,

@@ -109,6 +109,25 @@ def phases_table(rounds: Sequence[RoundReport]) -> Sheet:
     return made
 
 
+def absences(rounds: Sequence[RoundReport]) -> Text | None:
+    """Which sums lack whose update, and which needed a second attempt; None: none does."""
+    lines = [
+        f"round {round_.round.number}: {words}" for round_ in rounds if (words := lack(round_))
+    ]
+    return Text("\n".join(lines)) if lines else None
+
+
+def lack(round_: RoundReport) -> str:
+    """What a released round lacks, in a few words; empty: nothing."""
+    words = []
+    if round_.absent:
+        here, all_ = len(round_.survivors), len(round_.roster)
+        words.append(f"{here} of {all_} nodes in the sum, without {', '.join(round_.absent)}")
+    if round_.attempt > 1:
+        words.append(f"attempt {round_.attempt}")
+    return "; ".join(words)
+
+
 def learning_table(run: RunReport) -> RenderableType | None:
     """Held-out bits per byte by language; None where nothing was evaluated.
 
@@ -179,6 +198,8 @@ def traffic_table(rounds: Sequence[RoundReport]) -> Sheet:
 def run_view(run: RunReport) -> RenderableType:
     """Everything about a run."""
     head = Text.assemble((run.run, "bold"), f"  {run.status}")
+    if run.mode:
+        head.append(f"  mode {run.mode}")
     if run.title:
         head.append(f"  {run.title}")
     parts: list[RenderableType] = [head, Text(f"plan {run.plan_digest}")]
@@ -186,6 +207,9 @@ def run_view(run: RunReport) -> RenderableType:
         parts.append(Text("no round was opened yet"))
         return Group(*parts)
     parts += [Text(""), phases_table(run.rounds)]
+    missing = absences(run.rounds)
+    if missing is not None:
+        parts += [missing, Text("")]
     learning = learning_table(run)
     if learning is not None:
         parts.append(learning)
@@ -210,6 +234,7 @@ def round_line(round_: RoundReport) -> str:
     parts = [f"round {round_.round}", round_.phase]
     if not round_.released:
         return "  ".join([*parts, round_.why])
+    parts += [words for words in [lack(round_)] if words]
     if round_.bits_per_byte is not None:
         whole = figure(round_.bits_per_byte, 3)
         parts.append(f"bits/byte before {whole} ({_by_language(round_)})")

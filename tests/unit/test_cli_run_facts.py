@@ -30,6 +30,7 @@ from infra.runs.watch import live_view, patient
 from protocols.errors import UnreachableError
 from protocols.gen import admin_pb2, rounds_pb2
 from protocols.rounds_codec import to_ms
+from tests.support.plans import plan as plan_of_abc
 
 START = datetime(2026, 11, 23, 7, 0, tzinfo=UTC)
 MODEL, NEXT, SUM = "a" * 64, "b" * 64, "c" * 64
@@ -257,6 +258,29 @@ def test_many_languages_are_shown_in_several_sheets():
     assert set(run.languages()) <= set(text.split())
     assert text.count("continued") == 3  # 22 languages, six beside each other
     assert "22 languages, from" in round_line(run.rounds[0])
+
+
+def test_who_is_not_in_the_sum_is_named():
+    """Nodes a and b are in it; c declined, left or died. It took two attempts."""
+    plan = plan_of_abc()
+    facts = admin_pb2.RunFacts(
+        run="r1",
+        status="done",
+        plan_digest=plan.digest,
+        plan=plan.to_bytes(),
+        rounds=[round_facts(0, bits=2.0, attempt=2), round_facts(1, bits=2.0, name="Open")],
+    )
+    run = read_run_facts(facts)
+    told = "2 of 3 nodes in the sum, without c; attempt 2"
+
+    assert told in round_line(run.rounds[0])
+    text = printed(run_view(run), width=80)
+    assert f"round 0: {told}" in text
+    assert "round 1:" not in text  # not released: nobody is missing yet
+    assert "mode open" in text
+    written = run_to_json(run)
+    assert written["mode"] == "open"
+    assert [(r["attempt"], r["absent"]) for r in written["rounds"]] == [(2, ["c"]), (1, [])]
 
 
 def test_an_objection_is_not_forgotten():
