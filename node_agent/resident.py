@@ -307,7 +307,7 @@ def _answer(path: Path, *, spool: Spool, stop: Stop, clock: Clock, duty: Duty) -
         context.check()
         context.say("started")
         result = duty.work(job, context)
-        context.say("done", step=result.steps, tokens=result.tokens)
+        context.say("done", **_summary(result))
         atomic_write(spool.result(name), result.to_bytes())
     except JobCancelledError:
         context.say("cancelled")
@@ -324,6 +324,16 @@ def _answer(path: Path, *, spool: Spool, stop: Stop, clock: Clock, duty: Duty) -
             context.say("failed", code="worker.crashed", message=text)
         if duty.fatal(error):
             raise
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    """What a finished job says of itself in one line."""
+    said: dict[str, Any] = {"step": result.steps, "tokens": result.tokens}
+    if result.tokens:
+        said["loss"] = result.loss_nats / result.tokens
+    if result.seconds:
+        said["tokens_per_s"] = result.tokens / result.seconds
+    return said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

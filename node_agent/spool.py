@@ -483,6 +483,18 @@ def forget_job(spool: Spool, name: str) -> None:
     shutil.rmtree(spool.out(name), ignore_errors=True)
 
 
+def forget_run(spool: Spool, run: str) -> None:
+    """Remove a run that is over: jobs, results, and what the worker remembers of the site's text.
+
+    Raises:
+        MalformedMessageError: not a run's name.
+    """
+    parse_run_id(run)
+    for path in [*spool.jobs.glob(f"{run}.*"), *(spool.root / "out").glob(f"{run}.*")]:
+        forget_job(spool, path.name.removesuffix(".json").removesuffix(".cancel"))
+    shutil.rmtree(spool.state(run), ignore_errors=True)
+
+
 def read_worker(spool: Spool) -> WorkerInfo | None:
     """Who serves the spool; None before it is ready and after it left.
 

@@ -174,7 +174,10 @@ class Task:
                 evaluation=evaluation,
                 weights={part.name: part.leaf.detach() for part in self.model.trainable},
             )
-            self.keep(self._memory(run, data, untrained, partial=middle))
+            try:
+                self.keep(self._memory(run, data, untrained, partial=middle))
+            except JobFailedError as error:  # still interrupted: the round begins again instead
+                self.remark(f"the middle of the round could not be put away: {error}")
             raise
         finally:
             text.close()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from node_agent.resident import Clock
+from node_agent.resident import Clock, JobFailedError
 from node_agent.spool import last_status, read_status, request_cancel
 from node_agent.worker.data import epoch_order, index_corpus
 from tests.support.training import (
@@ -373,6 +373,27 @@ def test_the_middle_of_a_round_is_taken_up_and_not_begun_again(tmp_path):
     assert steps[0] > done  # a clock that ticks a second per look makes it speak at every step
 
 
+def test_a_middle_that_cannot_be_put_away_is_begun_again(tmp_path, monkeypatch):
+    """No room at the very moment of leaving: still interrupted, not failed, and nothing is lost."""
+    site, whole = (make_site(tmp_path / name, local_step=ADAM) for name in ("site", "whole"))
+    for each in (site, whole):
+        job = each.ask()
+    Worker(whole).answer()
+    with monkeypatch.context() as full:
+
+        def refuse(*_):
+            raise JobFailedError("storage", "no room")
+
+        full.setattr("node_agent.worker.state.save", refuse)
+        Worker(site).answer(stop=StopAfter(site, 6))
+    said = read_status(site.spool, job.id)
+    assert said[-1].event == "interrupted"
+    assert any("no room" in (event.message or "") for event in said)
+    Worker(site).answer()
+
+    assert site.delta(job).tobytes() == whole.delta(job).tobytes()
+
+
 def test_the_middle_of_other_work_is_not_taken_up(tmp_path):
     site, fresh = (make_site(tmp_path / name, local_step=ADAM) for name in ("site", "fresh"))
     site.ask()
@@ -593,7 +614,7 @@ def test_an_update_that_is_not_finite(tmp_path):
         tmp_path, local_step={"lr": 1e12, "weight_decay": 1e12, "max_steps": 1, "momentum": 0.9}
     )
     theta = site.theta
-    theta[site.manifest.offset("lm_head.weight")] = 3e38
+    theta[site.manifest.offset("lm_head.weight")] = 1e20  # its decay alone leaves float32
     theta.tofile(site.root / "theta.f32")
 
     code, message = refused(site)

@@ -35,7 +35,7 @@ from node_agent.spool import (
     write_job,
 )
 from protocols.errors import NonFiniteUpdateError, StorageFullError, WorkerError
-from tests.support.worker import events
+from tests.support.worker import ROOT, events
 
 INFO = WorkerInfo(pid=1, ranks=1, backend="none", device="cpu", torch="none", started_at=1.0)
 
@@ -86,6 +86,8 @@ def test_jobs_are_answered_in_the_order_they_were_asked(spool):
 
     assert order == [1, 2, 10]  # by file time, which `ask` sets by number; not by name
     assert events(read_status(spool, "run.2")) == ["started", "done"]
+    last = last_status(spool, "run.2")
+    assert (last.step, last.tokens, last.loss, last.tokens_per_s) == (1, 1, 1.0, 1.0)
 
 
 def test_an_answered_job_is_not_done_again(spool):
@@ -302,3 +304,28 @@ def test_the_pulse_beats_before_it_is_waited_for(spool):
 
 def test_the_interruption_carries_its_reason():
     assert str(JobInterruptedError("drain")) == "drain"
+
+
+@pytest.mark.parametrize(
+    ("module", "kept_out"),
+    [
+        ("node_agent.spool", ("torch", "transformers", "flwr", "grpc", "sqlalchemy")),
+        ("node_agent.resident", ("torch", "transformers", "flwr", "grpc", "sqlalchemy")),
+        ("node_agent.worker.data", ("torch", "transformers", "flwr", "grpc", "sqlalchemy")),
+        ("node_agent.worker.__main__", ("torch", "transformers", "flwr", "grpc", "sqlalchemy")),
+        ("node_agent.flower_terms", ("torch", "transformers", "flwr", "grpc", "sqlalchemy")),
+        ("node_agent.flower", ("torch", "transformers", "sqlalchemy", "coordinator")),
+        (
+            "node_agent.worker.start",
+            ("peft", "opacus", "flwr", "grpc", "sqlalchemy", "coordinator"),
+        ),
+    ],
+)
+def test_each_part_imports_only_what_it_needs(module, kept_out):
+    """The agent must stay free of torch, and a start-up must not pay for what is not used."""
+    code = f"import {module}, sys; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+
+    loaded = set(found.stdout.decode().split())
+    assert loaded.isdisjoint(kept_out)
+    assert module in loaded

@@ -21,6 +21,7 @@ from node_agent.spool import (
     alive_age,
     atomic_write,
     forget_job,
+    forget_run,
     job_id,
     last_status,
     parse_job_id,
@@ -185,6 +186,22 @@ def test_a_forgotten_job_leaves_only_the_state(spool):
     assert not spool.out(JOB.id).exists()
     assert not spool.job(JOB.id).exists()
     assert spool.state(JOB.run).exists()
+
+
+def test_a_run_that_is_over_leaves_nothing(spool):
+    others = JOB.model_copy(update={"id": "andes-70.3", "run": "andes-70"})
+    for job in (JOB, others):
+        write_job(spool, job)
+        written(spool, job)
+        spool.state(job.run).mkdir()
+    request_cancel(spool, JOB.id)
+
+    forget_run(spool, "andes-7")
+
+    left = {path.name for path in spool.root.rglob("*") if "andes" in path.name}
+    assert left == {"andes-70.3.json", "andes-70.3", "andes-70"}
+    with pytest.raises(MalformedMessageError):
+        forget_run(spool, "../..")
 
 
 # -- status --------------------------------------------------------------------------------------
