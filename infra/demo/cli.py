@@ -58,7 +58,7 @@ def demo(
         typer.Option(metavar="N|NAMES", help="How many sites, or which: a,b,c. Default: 4."),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Rounds of training. Default: 8.")
+        int | None, typer.Option(min=1, max=1000, help="Rounds of training. Default: 6.")
     ] = None,
     privacy: Annotated[Mode, typer.Option(help="How updates are protected.")] = Mode.AGGREGATE_ONLY,
     nodes_two_ranks: Annotated[

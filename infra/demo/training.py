@@ -14,7 +14,7 @@ from protocols.identifiers import NodeId
 from protocols.secagg.threshold import SecaggTerms
 
 RUN: Final = "demo-1"
-ROUNDS: Final = 8  # training rounds, unless asked for others
+ROUNDS: Final = 6  # training rounds, unless asked for others
 _SEQUENCE: Final = 128  # tokens: bytes of text
 
 MODEL: Final[dict[str, Any]] = {
