@@ -1,6 +1,6 @@
 """The Flower names that are not public API and that a Grid cannot do without. Nowhere else.
 
-Any Flower release may change them. tests/conformance/test_flower_grid.py says which one did.
+Any Flower release may change them. tests/conformance/test_flower_names.py says which one did.
 
 * An instruction ``Message`` takes run, node and task from an identity of the whole process.
 * Its id has no setter, yet replies refer to it.

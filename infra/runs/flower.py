@@ -73,7 +73,7 @@ class OperatorFederation:
         if not report.ended or report.released:
             return why
         left = [
-            f"{entry.node} said: {entry.why}"
+            str(entry.why)
             for entry in self.client.watch(RunId(report.run))
             if entry.transaction in _LEFT
         ]

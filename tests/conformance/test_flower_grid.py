@@ -1,26 +1,27 @@
 """Unmodified Flower strategies over a Grid of federation rounds.
 
-The first part guards the Flower names that are not public: a new Flower must fail here and
-nowhere else. The rest runs on a federation without processes; test_flower_end_to_end.py has them.
+On a federation without processes; test_flower_end_to_end.py has them, test_flower_names.py guards
+the Flower names that are not public.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import subprocess
-import sys
+import re
+import tomllib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid, strategy
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp import strategy
 
 from coordinator import flower, flower_private, flower_rounds, flower_strategies
 from coordinator.flower import MingaGrid, RoundTerms, run_strategy
-from coordinator.flower_rounds import RoundFailedError, Rounds, node_number
+from coordinator.flower_rounds import RoundFailedError, Rounds
 from coordinator.flower_state import load
+from infra.runs import flower as connection
+from node_agent.config import AllowConfig, FlowerConfig
 from protocols.errors import (
     CorruptStateError,
     ExistsError,
@@ -31,7 +32,8 @@ from protocols.errors import (
     PlanRefusedError,
     UnreachableError,
 )
-from protocols.plan import Plan
+from protocols.outer_optimizers import optimizer_for
+from protocols.plan import LocalStep, Outer, Plan
 from tests.support.flower_rounds import FakeFederation, plain_rounds
 
 ROOT = Path(__file__).parents[2]
@@ -104,111 +106,6 @@ def furthest(a, b):
     return max(float(np.abs(a[name] - b[name]).max()) for name in a)
 
 
-# -- the names that are not public ---------------------------------------------------------------
-
-
-def test_the_grid_that_flower_asks_for():
-    assert Grid.__abstractmethods__ == {
-        "set_run", "run", "create_message", "get_node_ids",
-        "push_messages", "pull_messages", "send_and_receive",
-    }  # fmt: skip
-    for name in sorted(Grid.__abstractmethods__ - {"run"}):
-        theirs = inspect.signature(getattr(Grid, name)).parameters
-        assert list(inspect.signature(getattr(MingaGrid, name)).parameters) == list(theirs)
-    assert list(inspect.signature(Grid.send_and_receive).parameters) == [
-        "self", "messages", "timeout",
-    ]  # fmt: skip
-    source = inspect.getsource(strategy.Strategy.start)
-    assert source.count("messages=self.configure_train") == 1  # by keyword
-
-
-def test_a_message_takes_its_run_from_the_identity_of_the_process(monkeypatch):
-    from flwr.supercore.task_identity import TaskIdentity
-
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, None)
-    with pytest.raises(RuntimeError):
-        Message(RecordDict(), 5, "train")
-    flower_private.identify(4)
-    made = Message(RecordDict(), 5, "train")
-
-    assert (made.metadata.run_id, made.metadata.src_node_id) == (4, flower_private.SERVER)
-
-
-def test_a_message_has_an_id_that_its_reply_refers_to():
-    flower_private.identify(4)
-    message = Message(RecordDict(), 5, "train")
-    assert message.metadata.message_id == ""
-    flower_private.name_message(message, "credit-1.5")
-    assert message.metadata.message_id == "credit-1.5"
-    assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "credit-1.5"
-
-
-def test_a_run_is_made_from_its_id():
-    assert flower_private.empty_run(9).run_id == 9
-    assert made_grid().run.run_id == node_number("credit")
-
-
-def test_private_names_stay_in_one_module():
-    for path in sorted((ROOT / "coordinator").rglob("*.py")):
-        tree = ast.parse(path.read_text("utf-8"))
-        modules = {
-            node.module
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr")
-        } | {
-            alias.name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Import)
-            for alias in node.names
-            if alias.name.startswith("flwr")
-        }
-        wanted = {
-            "flower.py": {"flwr.app", "flwr.serverapp"},
-            "flower_strategies.py": {"flwr.app", "flwr.serverapp"},
-            "flower_private.py": {"flwr.supercore.run", "flwr.supercore.task_identity"},
-        }
-        assert modules == wanted.get(path.name, set()), path
-        if path.name != "flower_private.py":
-            assert "_message_id" not in path.read_text("utf-8")
-
-
-def test_every_strategy_of_flower_was_looked_at():
-    """A new one is refused; here it asks to be judged."""
-    known = {*ALLOWED, *REFUSED}
-    found = {
-        name
-        for name, kind in vars(strategy).items()
-        if inspect.isclass(kind) and issubclass(kind, strategy.Strategy)
-    }
-    assert found - known == {"Strategy"}
-    assert known <= found
-
-
-@pytest.mark.parametrize("name", ALLOWED)
-def test_what_a_strategy_remembers(name):
-    """Whatever is None at first is state; flwr's constructor must not have more of it."""
-    made = fresh(name)
-    state = flower_strategies._STATE[name]
-    assert set(state) == {key for key, value in vars(made).items() if value is None}
-
-
-def test_flower_does_not_phone_home_and_is_not_imported_by_the_coordinator():
-    code = (
-        "import sys, os, coordinator.app, infra.cli, infra.runs.flower;"
-        "print('flwr' in sys.modules);"
-        "import coordinator.flower;"
-        "print(os.environ['FLWR_TELEMETRY_ENABLED'], os.environ['FLWR_DISABLE_UPDATE_CHECK'],"
-        " 'torch' in sys.modules, 'sqlalchemy' in sys.modules and 0)"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True,
-        env={"FLWR_TELEMETRY_ENABLED": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-
-    assert found.stdout.split()[:4] == [b"False", b"0", b"1", b"False"]
-
-
 # -- strategies ----------------------------------------------------------------------------------
 
 
@@ -244,6 +141,7 @@ def test_what_a_strategy_reads_in_the_reply():
     assert metrics["train_loss"] == pytest.approx(0.5)
     assert (metrics["total-nodes"], metrics["total-examples"]) == (3, 224)
     first = min(messages, key=lambda m: m.metadata.dst_node_id)
+    assert first.metadata.message_id == f"credit-1.{min(grid.get_node_ids())}"
     assert reply.metadata.reply_to_message_id == first.metadata.message_id
     assert reply.metadata.src_node_id == min(grid.get_node_ids())
 
@@ -610,3 +508,27 @@ def test_a_pickle_in_a_state_is_not_opened(tmp_path):
 def test_what_is_public():
     assert set(flower.__all__) == {"MingaGrid", "RoundTerms", "StrategyResult", "run_strategy"}
     assert flower_rounds.run_name(made_grid().terms, 3, 2) == "credit-3-try2"
+
+
+def test_the_example_in_the_documentation(tmp_path, monkeypatch, capsys):
+    """Its TOML is read as it is, its Python runs as it is, but for the first model."""
+    text = (ROOT / "docs" / "flower.md").read_text("utf-8")
+    site, plan = (
+        tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    )
+    assert FlowerConfig.model_validate(site["flower"]).python_path == ("apps",)
+    assert AllowConfig.model_validate(site["allow"]).flower_apps == (plan["local_step"]["app"],)
+    assert optimizer_for(Outer.model_validate(plan["outer"])).options["eta"] == 0.01
+    LocalStep.model_validate(plan["local_step"])
+
+    @contextmanager
+    def fake(*, folder, **terms):
+        assert folder == Path("fed")
+        yield MingaGrid(made_federation(cap=65536), RoundTerms(**terms), rounds=Clock().rounds)
+
+    monkeypatch.setattr(connection, "open_grid", fake)
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(program.replace("[...]", "[__import__('numpy').zeros(2, 'f4')]"), {})  # noqa: S102 - ours
+    assert load(tmp_path / "credit.npz").round == 20
+    assert capsys.readouterr().out.strip().endswith("0.5")
