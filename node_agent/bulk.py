@@ -17,7 +17,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 import grpc.aio
@@ -38,6 +38,7 @@ from protocols.tensors.sizes import UNIT
 from protocols.tensors.units import digest_of_units, unit_count
 from protocols.tlog.merkle import leaf_hash
 
+T = TypeVar("T")
 MESSAGE: Final = 2**20  # bytes of one raw message
 STALL_S: Final = 120.0  # without a byte accepted or received, a transfer is given up and resumed
 ATTEMPTS: Final = 6  # failures in a row without progress
@@ -285,6 +286,23 @@ async def describe(connection: Connection, digest: Digest, *, size: int | None) 
     return _Blob(digest=digest, size=int(info.size), hashes=hashes)
 
 
+async def _in_thread(work: Callable[..., T], descriptor: int, *arguments: Any) -> T:
+    """Run blocking work on a descriptor of its own.
+
+    A thread cannot be cancelled: when this coroutine is, the caller closes its descriptor, and the
+    number may name another file by the time the thread uses it.
+    """
+    own = os.dup(descriptor)
+
+    def run() -> T:
+        try:
+            return work(own, *arguments)
+        finally:
+            os.close(own)
+
+    return await asyncio.to_thread(run)
+
+
 def _good_prefix(descriptor: int, blob: _Blob) -> int:
     """How many leading units of a partial file are right; the rest is cut off."""
     length, good = os.fstat(descriptor).st_size, 0
@@ -350,7 +368,7 @@ async def fetch(
     part = path.with_name(f".{path.name}.part")
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        good = await asyncio.to_thread(_good_prefix, descriptor, blob)
+        good = await _in_thread(_good_prefix, descriptor, blob)
         patience = _Patience(connection)
         while good < len(blob.hashes):
             watch = _Watch(blob.unit(good)[0])
@@ -363,7 +381,7 @@ async def fetch(
                 good = watch.moved // UNIT  # only whole, checked units moved it
                 await patience.wait(error, watch.moved)
         if durable:
-            await asyncio.to_thread(os.fdatasync, descriptor)
+            await _in_thread(os.fdatasync, descriptor)
     finally:
         os.close(descriptor)
     part.replace(path)
@@ -414,7 +432,7 @@ async def _stream_units(
                 filled += len(piece)
                 if filled == stop - start:
                     await settle()
-                    work = asyncio.to_thread(_keep_unit, descriptor, blob, index, parts)
+                    work = _in_thread(_keep_unit, descriptor, blob, index, parts)
                     checking = asyncio.ensure_future(work)
                     parts, filled, index = [], 0, index + 1
         await settle()
@@ -423,7 +441,7 @@ async def _stream_units(
         raise rebuild_error(error, connection.address) from None
     finally:
         if checking is not None:
-            await asyncio.wait({checking})  # the descriptor must outlive its writer
+            checking.cancel()  # its thread goes on alone, on a descriptor of its own
         call.cancel()
     if index < len(blob.hashes):
         raise UnreachableError(f"the download of {blob.digest} was cut off", retry_after_s=0.0)

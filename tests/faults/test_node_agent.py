@@ -1,0 +1,259 @@
+"""A node whose worker, disk or mind fails, in a real federation: it says so and goes on.
+
+The coordinator is a process of its own, behind mutual TLS; the agent runs here, with a worker
+(tests/support/fake_worker.py) that misbehaves when it is told to. What is injected is shown to have
+happened by the worker's list of starts, or by the journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infra.runs.facts import RunReport
+from node_agent.agent import Agent
+from node_agent.client import Backoff
+from node_agent.config import NodeFolder, load_config
+from node_agent.journal import Journal
+from node_agent.launchers.local import GIVE_UP, LocalLauncher
+from node_agent.lock import FolderLock
+from node_agent.site import open_site
+from node_agent.spool import Spool
+from node_agent.status import read_status
+from protocols.errors import LedgerBusyError
+from protocols.identifiers import RunId
+from tests.support.federation import PATIENCE_S, Running, running
+from tests.support.node import NOW, rng
+
+ROOT = Path(__file__).parents[2]
+NODE = "node-1"
+TRAINS = {"kind": "builtin", "max_steps": 2}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A coordinator, and one node that has joined; its agent runs in the tests."""
+    folder = tmp_path_factory.mktemp("agent") / "federation"
+    with running(folder, nodes=1, start=False) as made:
+        node = made.folder / "nodes" / NODE
+        text = node / "text.jsonl"
+        text.write_text('{"text":"minga"}\n')
+        config = node / "config.toml"
+        lines = config.read_text().splitlines()
+        lines = [f'train = ["{text}"]' if line.startswith("train") else line for line in lines]
+        config.write_text("\n".join(lines) + "\n")
+        yield made
+
+
+class Bench:
+    """An agent with a fake worker, driven until something is so."""
+
+    def __init__(self, federation: Running) -> None:
+        self.federation = federation
+        self.folder = NodeFolder(federation.folder / "nodes" / NODE)
+        self.spool = Spool(self.folder.spool.absolute()).make()
+        self.agent: Agent
+
+    def behave(self, *words: str) -> None:
+        """What the next starts of the worker do."""
+        (self.spool.root / "behave").write_text("\n".join(words))
+        (self.spool.root / "starts").unlink(missing_ok=True)
+
+    @property
+    def starts(self) -> int:
+        """How often the worker was started."""
+        with suppress(FileNotFoundError):
+            return len((self.spool.root / "starts").read_text().split())
+        return 0
+
+    def _launcher(self) -> LocalLauncher:
+        command = [
+            *(sys.executable, "-m", "tests.support.fake_worker", "--spool", str(self.spool.root)),
+            *("--exit-with-parent", "--parent-pid", str(os.getpid())),
+        ]
+        return LocalLauncher(
+            spool=self.spool,
+            command=lambda: command,
+            environment={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_within_s=60.0,
+            hangs_after_s=60.0,
+            rng=rng(),
+            backoff=Backoff(first_s=0.01, cap_s=0.02),
+        )
+
+    def until(
+        self, run: RunId, wanted: Callable[[RunReport], bool], *, before: Callable[..., None] = id
+    ) -> RunReport:
+        """Run the agent until the run is as wanted."""
+
+        async def drive() -> RunReport:
+            site = open_site(self.folder, load_config(self.folder), rng=rng())
+            self.agent = Agent(replace(site, launchers={"builtin": self._launcher()}))
+            before(self.agent)
+            working = asyncio.create_task(self.agent.run())
+            give_up = time.monotonic() + PATIENCE_S
+            try:
+                while True:
+                    report = await asyncio.to_thread(self.federation.client.show, run)
+                    if wanted(report):
+                        return report
+                    assert time.monotonic() < give_up, (report, read_status(self.folder.status))
+                    assert not working.done(), working.exception()
+                    await asyncio.sleep(0.1)
+            finally:
+                self.agent.stop()
+                await working
+
+        with FolderLock(self.folder, pid=os.getpid()):
+            return asyncio.run(drive())
+
+    def said(self, run: RunId) -> list[tuple[str, str]]:
+        """What the journal says about a run: what, and rule or code."""
+        journal = Journal(self.folder.journal, now=lambda: NOW, read_only=True)
+        try:
+            entries = journal.entries(run=run)
+        finally:
+            journal.close()
+        return [(e.what, e.detail.get("rule") or e.detail.get("code") or "") for e in entries]
+
+
+@pytest.fixture
+def bench(federation: Running) -> Bench:
+    return Bench(federation)
+
+
+def ended(report: RunReport) -> bool:
+    return report.ended
+
+
+def confirmed(report: RunReport) -> bool:
+    return report.ended and all(
+        line.confirmed for round_ in report.released for line in round_.traffic
+    )
+
+
+def test_a_run_with_a_resident_worker(bench):
+    bench.behave("well")
+    run = bench.federation.submit("plain", rounds=3, local_step=TRAINS)
+
+    report = bench.until(run, confirmed)
+
+    assert report.status == "done"
+    assert [round_.metrics["tokens"] for round_ in report.released] == [20, 20, 20]
+    assert bench.starts == 1  # one worker served all rounds
+    assert list((bench.spool.root / "out").iterdir()) == []  # nothing is left of what is over
+    assert list(bench.folder.uploads.iterdir()) == []
+    held = [path for path in bench.folder.run_models(run).iterdir() if path.is_dir()]
+    assert len(held) <= 3
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "starts", "code", "sentence"),
+    [
+        (["nan"], 1, "non_finite", "is not finite"),
+        (["short"], 1, "manifest_mismatch", "the selected tensors have 5000"),
+        (["lie"], 1, "digest_mismatch", "is not what its result names"),
+        (["result"], 1, "worker_failed", "result cannot be read"),
+        (["status", "well"], 1, "worker.garbage", "status cannot be read"),
+        (["fail"], 1, "data.malformed", "text.jsonl:3"),
+        (["die"] * GIVE_UP, GIVE_UP, "worker.lost", "status 7: Segmentation fault"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_bad_worker_costs_one_round(bench, behaviour, starts, code, sentence):
+    """The node leaves the round with one clear sentence, and takes part in the next one."""
+    bench.behave(*behaviour)
+    name = f"bad-{behaviour[0]}"
+    run = bench.federation.submit(name, rounds=1, local_step=TRAINS)
+
+    with bench.federation.history(run) as history:
+        report = bench.until(run, lambda r: bool(r.rounds) and len(r.rounds) >= 2)
+        entry = bench.federation.entries(history, lambda e: f"left ({code})" in e.why)
+
+    assert bench.starts >= starts  # the fault happened
+    assert sentence in entry.why
+    assert "\n" not in entry.why
+    assert report.rounds[0].phase == "Aborted"
+    assert ("leave", code) in bench.said(run)
+    bench.behave("well")
+    (bench.spool.root / "steps").write_text("1")
+    report = bench.until(run, confirmed)
+    assert report.status == "done"
+
+
+def test_a_paused_node_declines_and_says_why(bench):
+    bench.behave("well")
+    bench.folder.paused.touch()
+    run = bench.federation.submit("paused", rounds=1)
+
+    with bench.federation.history(run) as history:
+        bench.until(run, lambda r: len(r.rounds) >= 2)
+        entry = bench.federation.entries(history, lambda e: "declined" in e.why)
+    assert "site.paused" in entry.why
+    status = read_status(bench.folder.status)
+    assert status["state"] == "paused"
+
+    bench.folder.paused.unlink()
+    assert bench.until(run, confirmed).status == "done"
+    assert ("decline", "site.paused") in bench.said(run)
+
+
+def test_another_model_is_objected_to_and_ends_the_part_in_the_run(bench):
+    """One weight of the model this node holds is not the coordinator's."""
+    run = bench.federation.submit("disagree", rounds=2)
+
+    def damage(agent: Agent) -> None:
+        models = agent.site.models
+        compute = models.compute_next
+
+        def damaged(**named):
+            with named["start"].theta_path.open("r+b") as file:
+                file.write(np.float32(0.5).tobytes())
+            return compute(**named)
+
+        models.compute_next = damaged
+
+    report = bench.until(run, ended, before=damage)
+
+    assert report.status == "failed"  # nobody else is on the roster
+    first = report.released[0]
+    assert first.traffic[0].confirmed.startswith("objection: model_disagreement")
+    said = bench.said(run)
+    assert ("stopped", "model_disagreement") in said
+    assert ("decline", "model_disagreement") in said
+    status = read_status(bench.folder.status)
+    shown = next(line for line in status["runs"] if line["run"] == run)
+    assert "model_disagreement" in shown["stopped"]
+    evidence = [p.name for p in bench.folder.run_models(run).iterdir()]
+    assert any(name.startswith(".sum-") for name in evidence)  # kept for whoever looks into it
+
+
+def test_a_second_agent_is_refused(bench):
+    with (
+        FolderLock(bench.folder, pid=4711),
+        pytest.raises(LedgerBusyError, match="process 4711"),
+        FolderLock(bench.folder, pid=4712),
+    ):
+        pass
+
+
+def test_a_plan_the_site_does_not_allow_is_declined_by_its_rule(bench):
+    run = bench.federation.submit(
+        "flower", rounds=1, local_step={"kind": "flower", "app": "their.app:client"}
+    )
+
+    report = bench.until(run, ended)
+
+    assert report.status == "failed"
+    assert {rule for what, rule in bench.said(run) if what == "decline"} == {"site.local_step"}
