@@ -4,7 +4,9 @@
 
 It is the real agent; one method of its journal, its bulk client or its models is wrapped so that
 SIGKILL strikes right before, or right after, the N-th call (from 1). ``append`` counts raw messages
-of an upload, ``unit`` checked units of a download. The instant is written to ``crashed`` in the
+of an upload, ``unit`` checked units of a download. In a secure sum ``stage-NAME`` is the moment in
+which a new state becomes durable, ``post-KIND`` the one in which a message is handed in. The
+instant is written to ``crashed`` in the
 node's folder first, so that a test can show that it was reached.
 """
 
@@ -22,11 +24,16 @@ from typing import Any
 
 from node_agent import bulk
 from node_agent.agent import serve
+from node_agent.client import Connection
 from node_agent.config import NodeFolder, load_config
 from node_agent.journal import Journal
 from node_agent.lock import FolderLock
 from node_agent.models import Models
+from node_agent.secure_state import STAGES, SecureStates
 from node_agent.site import open_site
+from protocols.gen import secure_sum_pb2
+from protocols.identifiers import RunId
+from protocols.secagg.states import NodeState
 
 
 def strike(folder: Path, at: str) -> None:
@@ -56,6 +63,37 @@ def wrap(target: Any, name: str, when: str, number: int, die: Callable[[], None]
     setattr(target, name, wrapped)
 
 
+def wrap_stage(stage: str, when: str, die: Callable[[], None]) -> None:
+    """Die before or after a state of this stage is made durable for the first time."""
+    keep = SecureStates.keep
+
+    def wrapped(self: SecureStates, run: RunId, state: NodeState) -> None:
+        new = STAGES[type(state)] == stage and state != self.load(run)
+        if new and when == "before":
+            die()
+        keep(self, run, state)
+        if new and when == "after":
+            die()
+
+    SecureStates.keep = wrapped  # type: ignore[method-assign]
+
+
+def wrap_post(kind: str, when: str, die: Callable[[], None]) -> None:
+    """Die before or after a message of this kind is handed in."""
+    ask = Connection.ask
+
+    async def wrapped(self: Connection, method: Any, request: Any, **named: Any) -> Any:
+        meant = isinstance(request, secure_sum_pb2.PostRequest) and request.kind == kind
+        if meant and when == "before":
+            die()
+        answer = await ask(self, method, request, **named)
+        if meant and when == "after":
+            die()
+        return answer
+
+    Connection.ask = wrapped  # type: ignore[method-assign]
+
+
 def arm(folder: Path, at: str) -> None:
     """Install one crash."""
     name, when, number = (*at.split(":"), "1")[:3]
@@ -63,7 +101,11 @@ def arm(folder: Path, at: str) -> None:
     def die() -> None:
         strike(folder, at)
 
-    if name == "append":
+    if name.startswith("stage-"):
+        wrap_stage(name.removeprefix("stage-"), when, die)
+    elif name.startswith("post-"):
+        wrap_post(name.removeprefix("post-"), when, die)
+    elif name == "append":
         wrap(bulk.os, "pread", when, int(number), die)
     elif name == "unit":
         wrap(bulk, "_keep_unit", when, int(number), die)
