@@ -53,7 +53,8 @@ class OperatorFederation:
         report = self.client.show(run)
         done = report.released[-1] if report.released else None
         return Outcome(
-            status=report.status,
+            # A stopped run may yet finish a round in which something has left the sites.
+            status=report.status if report.ended else "active",
             why=self._why(report),
             released=done is not None,
             metrics=done.metrics if done is not None else {},

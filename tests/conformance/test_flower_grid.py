@@ -146,6 +146,17 @@ def test_what_a_strategy_reads_in_the_reply():
     assert reply.metadata.src_node_id == min(grid.get_node_ids())
 
 
+def test_metrics_of_equal_weights_and_of_an_evaluation():
+    sums = dict.fromkeys(("tokens", "records", "steps", "train_ms", "loss_micronats"), 0)
+    sums |= {"weight": 3 * 65_536, "nodes": 3, "clamped": 2}
+    sums |= {"nll_millinats/es": 12_500, "bytes/es": 40, "documents/es": 7}
+    found = flower_rounds.mean_metrics(sums, None)
+
+    assert (found["num-examples"], found["total-clamped"]) == (3.0, 2)
+    assert (found["nll-nats/es"], found["bytes/es"], found["documents/es"]) == (12.5, 40, 7)
+    assert "train_loss" not in found  # nobody counted a token: there is no mean
+
+
 def test_pushed_messages_are_answered_once_by_one_message():
     federation = made_federation(held_up={"credit-1"})
     grid = made_grid(federation)
