@@ -20,16 +20,9 @@ from protocols.secagg.messages import DealBundle, Packet, Signed
 from protocols.secagg.states import AbortSent
 from protocols.tensors import metrics
 from protocols.tlog.merkle import tree_root
-from tests.support.hostile import (
-    Check,
-    Complained,
-    Member,
-    SharedRound,
-    check_attack,
-    layers,
-    without,
-)
+from tests.support.hostile import Complained, Member, SharedRound
 from tests.support.secure_nodes import STEPS
+from tests.support.without import Check, check_attack, layers, without
 
 AS_COMMITTED = Check(
     clause="4.6",

@@ -26,16 +26,8 @@ from protocols.secagg.messages import DealBundle, Go, Signed
 from protocols.secagg.packets import Kind, unseal
 from protocols.tensors.planar import pack
 from tests.support.door import Door
-from tests.support.hostile import (
-    Check,
-    HostileRound,
-    Puppet,
-    Rule,
-    SharedRound,
-    check_attack,
-    layers,
-    secrets_from,
-)
+from tests.support.hostile import HostileRound, Puppet, SharedRound, secrets_from
+from tests.support.without import Check, Rule, check_attack, layers
 
 SIGNATURES = Check(
     clause="2.2",

@@ -20,17 +20,9 @@ from protocols.secagg import coordinator as lists
 from protocols.secagg import node as machine
 from protocols.secagg.messages import AbortCertificate
 from protocols.secagg.states import state_from_bytes
-from tests.support.hostile import (
-    Check,
-    HostileRound,
-    Member,
-    SharedRound,
-    audit,
-    check_attack,
-    layers,
-    root_of,
-)
+from tests.support.hostile import HostileRound, Member, SharedRound, audit, root_of
 from tests.support.secure_nodes import STEPS
+from tests.support.without import Check, check_attack, layers
 
 LATER = Check(clause="9.1", function=machine._check_may_join, says="is not later than")
 DONE = Check(clause="9.4", function=machine._check_may_join, says="it is done with the round")

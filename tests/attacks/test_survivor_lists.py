@@ -10,13 +10,13 @@ import pytest
 
 from protocols.errors import FederationError
 from protocols.secagg import checks
-from protocols.secagg import coordinator as lists
 from protocols.secagg import node as machine
 from protocols.secagg.masks import node_masks
 from protocols.secagg.messages import CommitCertificate
 from protocols.secagg.packets import Kind
 from protocols.secagg.states import Uploaded
-from tests.support.hostile import Check, HostileRound, Rule, check_attack, layers
+from tests.support.hostile import HostileRound
+from tests.support.without import Check, Rule, check_attack, layers
 
 LIST_SIZE = Check(clause="6.3", function=checks.check_survivors, says="the survivor list has")
 OWN_HEADER = Check(
@@ -183,7 +183,7 @@ def test_a_list_of_one(door, removed, caught):
         play.nodes["n03"].commit()
         play.all("commit", but=("n03",))
         only = liar.commits_to(liar.shown["n03", 1])[-1:]
-        liar.lie("commits", lists.CommitCertificate(commits=only).to_bytes(), to=play.nodes)
+        liar.lie("commits", CommitCertificate(commits=only).to_bytes(), to=play.nodes)
         play.all("reveal")
         assert play.is_plain(liar.open_sum(["n03"]), ["n03"])
 

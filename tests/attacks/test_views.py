@@ -21,18 +21,9 @@ from protocols.secagg.context import Attempt
 from protocols.secagg.dealing import check_bundle
 from protocols.secagg.states import AbortSent
 from tests.support import hostile
-from tests.support.hostile import (
-    Check,
-    Complained,
-    HostileRound,
-    Member,
-    Rule,
-    SharedRound,
-    audit,
-    check_attack,
-    layers,
-)
+from tests.support.hostile import Complained, HostileRound, Member, SharedRound, audit
 from tests.support.secure_nodes import STEPS
+from tests.support.without import Check, Rule, check_attack, layers
 
 # -- another model -----------------------------------------------------------------------------
 
