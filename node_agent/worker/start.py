@@ -42,7 +42,7 @@ def duty(options: argparse.Namespace, spool: Spool, clock: Clock) -> Duty:
         torch=str(torch.__version__),
         started_at=clock.now(),
     )
-    return Duty(info=info, work=trainer.lead, idle=trainer.idle, fatal=trainer.fatal, end=end)
+    return Duty(info=info, work=trainer.do, idle=trainer.idle, fatal=trainer.fatal, end=end)
 
 
 def follow(options: argparse.Namespace, spool: Spool, clock: Clock) -> None:

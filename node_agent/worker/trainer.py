@@ -53,7 +53,7 @@ class Options:
 
 
 class Trainer:
-    """The work of one rank. Rank 0 calls ``lead``; the others live in ``follow``."""
+    """The work of one rank. Rank 0 calls ``do``; the others live in ``follow``."""
 
     def __init__(self, ranks: Ranks, *, options: Options, clock: Clock, spool: Spool) -> None:
         self._ranks = ranks
@@ -68,7 +68,7 @@ class Trainer:
 
     # -- the ranks' conversation -----------------------------------------------------------------
 
-    def lead(self, job: Job, context: JobContext) -> Result:
+    def do(self, job: Job, context: JobContext) -> Result:
         """Do a job as rank 0."""
         plan, manifest = read_plan(job)
         if plan.local_step.kind != "builtin":

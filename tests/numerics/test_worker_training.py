@@ -537,7 +537,7 @@ def test_a_cancelled_job_stops_between_two_steps(tmp_path):
     site = make_site(tmp_path, local_step={"max_steps": 1000})
     job = site.ask()
     worker = Worker(site, clock=ticking(1.0))
-    real = worker.trainer.lead
+    real = worker.trainer.do
 
     class CancelledWhenHeard:
         def __init__(self, status):
@@ -548,11 +548,11 @@ def test_a_cancelled_job_stops_between_two_steps(tmp_path):
                 request_cancel(site.spool, job.id)
             return self.status.event(event, **fields)
 
-    def lead(asked, context):
+    def do(asked, context):
         context.status = CancelledWhenHeard(context.status)
         return real(asked, context)
 
-    worker.trainer.lead = lead
+    worker.trainer.do = do
     worker.answer()
 
     assert "progress" in events(read_status(site.spool, job.id))

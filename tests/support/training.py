@@ -46,7 +46,7 @@ class Worker:
         stop = stop or Stop(self.site.spool)
         duty = Duty(
             info=INFO,
-            work=self.trainer.lead,
+            work=self.trainer.do,
             idle=lambda: stop.tell("nothing to do"),
             fatal=self.trainer.fatal,
         )
