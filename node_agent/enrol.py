@@ -3,8 +3,8 @@
 An invitation is one word, ``minga1.<institution>.<secret>.<root certificate>``: the very first
 connection is verified against the root it carries. TLS key and signing key are made here and never
 leave; what is sent is a certificate request, the public signing key, and a proof that binds both to
-the invitation. Until the certificate has arrived the request is kept, so that a repeated join sends
-the same bytes and a lost answer costs nothing. Normative text: protocols/spec/enrolment.md.
+the invitation. The request is kept, so that a repeated join sends the same bytes: neither a lost
+answer nor a crash at any instant costs the invitation. Normative text: protocols/spec/enrolment.md.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ async def join(keys: KeyStore, invitation: Invitation, *, enrolment: str, rng: R
         UnreachableError: nobody answers, or the certificate there is not the federation's.
     """
     signing_key = keys.make_signing_key()
-    request = keys.request(invitation.institution)
+    token_hash = hashlib.sha256(invitation.secret).digest()
+    request = keys.request(invitation.institution, purpose=f"join {token_hash.hex()}")
     root = certificate_pem(invitation.root_der)
     public = public_bytes(signing_key)
-    token_hash = hashlib.sha256(invitation.secret).digest()
     message = enrolment_pb2.EnrolRequest(
         institution=invitation.institution,
         token_secret=invitation.secret,
@@ -105,7 +105,8 @@ async def renew(
         NotEnrolledError: the present certificate is not in force any more: join again.
         NotReadyError: nobody answers; the present certificate stays in use.
     """
-    request = keys.request(node)
+    serial = keys.tls().serial
+    request = keys.request(node, purpose=f"renew {serial:x}")
     message = enrolment_pb2.RenewRequest(csr_der=request.csr)
     answer = await connection.ask(lambda c: c.renewal.Renew, message)
     if answer.federation != federation:
@@ -118,5 +119,6 @@ async def renew(
         node=node,
         federation=federation,
     )
+    keys.forget_request()
     connection.renew(identity)
     return identity

@@ -5,8 +5,8 @@ keys/tls.pem      ECDSA P-256 key, its certificate and the chain, in one file: a
                   certificate. BoringSSL, which gRPC uses, wants P-256.
 keys/signing.pem  Ed25519: signs upload headers. Pinned by the coordinator at enrolment.
 keys/root.pem     the trust anchor, from the invitation.
-keys/request/     key and certificate request on their way to the coordinator: kept, so that
-                  asking again after a lost answer sends the same bytes.
+keys/request/     key and certificate request, and what they are for: kept, so that asking
+                  again after a lost answer, or after a crash, sends the same bytes.
 """
 
 from __future__ import annotations
@@ -113,22 +113,35 @@ class KeyStore:
 
     # -- certificate requests --------------------------------------------------------------------
 
-    def request(self, name: str) -> CertificateRequest:
-        """The key and request that wait for a certificate; made the first time, then the same.
+    def request(self, name: str, *, purpose: str) -> CertificateRequest:
+        """The key and request for a certificate; made the first time, then the same.
 
         ECDSA signs with fresh randomness, so the request itself is kept, not only its key.
+
+        Args:
+            name: of the node; the issuer ignores it.
+            purpose: what it is for, without secrets. Another purpose gets another key.
         """
         key_path, csr_path = self._request / "key.pem", self._request / "csr.der"
-        if not (key_path.exists() and csr_path.exists()):
+        mark = self._request / "purpose"
+        known = mark.read_text("utf-8") if mark.exists() else None
+        if known != purpose:
+            self.forget_request()
             key = ec.generate_private_key(ec.SECP256R1())
             subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
             csr = x509.CertificateSigningRequestBuilder().subject_name(subject)
             write_secret(key_path, _key_pem(key))
             write_secret(csr_path, csr.sign(key, hashes.SHA256()).public_bytes(_DER))
+            write_secret(mark, purpose.encode())  # last: from now on the request is whole
         own = self._read_key(key_path)
         if not isinstance(own, ec.EllipticCurvePrivateKey):
             raise ConfigurationError(f"{key_path} does not hold an ECDSA key")
         return CertificateRequest(key=own, csr=csr_path.read_bytes())
+
+    def forget_request(self) -> None:
+        """The next request is for a new key."""
+        for name in ("purpose", "csr.der", "key.pem"):  # the mark first: no half request counts
+            (self._request / name).unlink(missing_ok=True)
 
     def accept(
         self,
@@ -175,8 +188,6 @@ class KeyStore:
         chain = b"".join(certificate_pem(der) for der in (certificate, *issuers))
         write_secret(self.root_path, root)
         write_secret(self.tls_path, _key_pem(request.key) + chain)
-        for name in ("key.pem", "csr.der"):
-            (self._request / name).unlink(missing_ok=True)
         return self.tls()
 
     # -- in use ----------------------------------------------------------------------------------

@@ -191,7 +191,8 @@ class Authority:
     def enrol(self, keys: KeyStore, name: str = ME, **changes: Any) -> TlsIdentity:
         """Give a key store its certificate, as a join does."""
         keys.make_signing_key()
-        request = keys.request(name)
+        keys.forget_request()
+        request = keys.request(name, purpose="test")
         return keys.accept(
             request,
             certificate=self.certify(request, name, **changes),

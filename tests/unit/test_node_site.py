@@ -118,15 +118,17 @@ def keys(tmp_path):
 def test_keys_are_made_once_and_private(keys):
     authority = Authority.create()
     first = keys.make_signing_key().public_key().public_bytes_raw()
-    request = keys.request(ME)
-    assert keys.request(ME).csr == request.csr  # a repeated join sends the same bytes
+    request = keys.request(ME, purpose="join 1")
+    assert (
+        keys.request(ME, purpose="join 1").csr == request.csr
+    )  # a repeated join sends the same bytes
 
     authority.enrol(keys)
 
     assert keys.make_signing_key().public_key().public_bytes_raw() == first
     for path in (keys.tls_path, keys.signing_path, keys.root_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert keys.request(ME).csr != request.csr  # a renewal is for a new key
+    assert keys.request(ME, purpose="renew 2").csr != request.csr  # a renewal is for a new key
     assert b"PRIVATE" not in repr(keys.tls()).encode()
     assert b"PRIVATE" not in repr(request).encode()
 
@@ -143,8 +145,8 @@ def test_keys_are_made_once_and_private(keys):
     ],
 )
 def test_a_certificate_that_is_not_ours_is_not_taken(keys, tmp_path, wrong, says):
-    authority, request = Authority.create(), keys.request(ME)
-    other = KeyStore(tmp_path / "other").request(ME)
+    authority, request = Authority.create(), keys.request(ME, purpose="join 1")
+    other = KeyStore(tmp_path / "other").request(ME, purpose="join 1")
     issued = {
         "key": lambda: authority.certify(other, ME),
         "name": lambda: authority.certify(request, "b"),
