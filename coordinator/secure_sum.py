@@ -8,6 +8,7 @@ each node checks them again (protocols/secagg/checks.py), and so does an auditor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -91,11 +92,20 @@ def read_message(kind: str, body: bytes) -> Signed[Any] | DealBundle:
         MalformedMessageError: an unknown kind, or bytes that are no message of it.
     """
     if kind == DEAL:
-        return from_bytes(DealBundle, body)
-    found = _BODIES.get(kind)
-    if found is None:
+        return _bundle(body)
+    if kind not in _BODIES:
         raise MalformedMessageError(f"{kind!r:.40} is no kind of message of a secure sum")
-    return signed_from_bytes(found, body)
+    return _signed(kind, body)
+
+
+@functools.lru_cache(maxsize=4096)  # every message is read again with each that builds on it
+def _signed(kind: str, body: bytes) -> Signed[Any]:
+    return signed_from_bytes(_BODIES[kind], body)
+
+
+@functools.lru_cache(maxsize=256)
+def _bundle(body: bytes) -> DealBundle:
+    return from_bytes(DealBundle, body)
 
 
 def sender_of(message: Signed[Any] | DealBundle) -> tuple[NodeId, int]:
@@ -123,12 +133,11 @@ class Sum:
 
     def signed(self, kind: str) -> dict[NodeId, Signed[Any]]:
         """All messages of a kind, by node."""
-        cls = _BODIES[kind]
-        return {node: signed_from_bytes(cls, body) for node, body in self._read(kind).items()}
+        return {node: _signed(kind, body) for node, body in self._read(kind).items()}
 
     def bundles(self) -> dict[NodeId, DealBundle]:
         """All deals, by node."""
-        return {node: from_bytes(DealBundle, body) for node, body in self._read(DEAL).items()}
+        return {node: _bundle(body) for node, body in self._read(DEAL).items()}
 
     def members(self) -> frozenset[NodeId]:
         """U1: who is dealt to in this attempt.

@@ -257,6 +257,7 @@ class Actor:
             id=job_id(round_),
             run=round_.run,
             round=round_.number,
+            index=record.index,
             plan=str(models.plan_path(round_.run)),
             manifest=str(models.manifest_path(round_.run)),
             theta=str(held.theta_path),

@@ -359,7 +359,7 @@ def run_app(job: Job, context: JobContext, plan: Plan, manifest: Manifest, *, si
     )
     call = _Call(app, app_context, job, plan, theta, manifest, context)
     evaluation: tuple[Evaluation, ...] = ()
-    if plan.evaluates_in(job.round):
+    if plan.evaluates_in(job.index):
         evaluation = call.evaluate()
     counts, seconds, trained = Counts(), 0.0, None
     if job.select != "none":

@@ -52,7 +52,7 @@ def round_config(job: Job, plan: Plan) -> dict[str, Scalar]:
     """
     step = plan.local_step
     values: dict[str, Scalar] = {
-        "server-round": job.round + 1,
+        "server-round": job.index + 1,
         "lr": step.lr,
         "batch-size": step.batch_size,
         "sequence-length": step.sequence_length,

@@ -379,11 +379,12 @@ def check_own_part(
 def dither_seed(state: Masking) -> bytes:
     """The seed of the rounding in an attempt: encoding again after a crash gives the same bytes.
 
-    Derived from the attempt's self seed under a context of its own; two different vectors under one
-    set of masks would tell their difference (protocols/spec/masked-update.md, section 5).
+    Two different vectors under one set of masks would tell their difference
+    (protocols/spec/masked-update.md, section 5). Derived, under a context of its own, from both
+    secrets of the attempt: after a release one of them is public, and never both.
     """
     ctx = state.agreed().ctx
     derive = HKDF(
         algorithm=hashes.SHA256(), length=32, salt=bytes.fromhex(ctx), info=b"minga/dither/v1"
     )
-    return derive.derive(state.self_seed)
+    return derive.derive(state.rk_secret + state.self_seed)

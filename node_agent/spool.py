@@ -102,6 +102,7 @@ class Job(_Document):
     id: str
     run: str
     round: int = Field(ge=0, lt=10**6)
+    index: int = Field(default=0, ge=0, lt=10**6)  # which of the plan's rounds this is
     plan: str  # path of the canonical plan
     manifest: str  # path
     theta: str  # path of the starting model: raw little-endian float32, manifest order

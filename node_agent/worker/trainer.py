@@ -139,7 +139,7 @@ class Trainer:
                 raise JobFailedError("job.limits", "neither the job nor the plan limits training")
             corpus = self._corpus(job.data.train)
         documents: tuple[HeldOut, ...] = ()
-        if plan.evaluates_in(job.round) and job.data.valid:
+        if plan.evaluates_in(job.index) and job.data.valid:
             documents = held_out(job.data.valid, limit=plan.evaluation.max_documents)
         return Brief(job=job, plan=plan, manifest=manifest, corpus=corpus, documents=documents)
 

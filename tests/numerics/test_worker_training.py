@@ -269,6 +269,19 @@ def test_rounds_are_evaluated_as_the_plan_says(tmp_path):
     assert "evaluated" not in events(read_status(site.spool, "tiny.1"))
 
 
+def test_the_index_decides_not_the_number(tmp_path):
+    """After a round that came to nothing the next number has the same index in the plan."""
+    site = make_site(tmp_path, evaluation={"every": 2, "max_documents": 3})
+    worker = Worker(site)
+    site.ask(1, index=0)
+    site.ask(2, index=1)
+    worker.answer()
+    rows = [
+        site.result(site.job(number, index=index)).evaluation for number, index in ((1, 0), (2, 1))
+    ]
+    assert [bool(row) for row in rows] == [True, False]
+
+
 # -- memory between rounds -----------------------------------------------------------------------
 
 

@@ -122,6 +122,7 @@ class Site:
             "id": f"{self.plan.run}.{number}",
             "run": self.plan.run,
             "round": number,
+            "index": number,
             "plan": str(self.root / "plan.json"),
             "manifest": str(self.root / "manifest.json"),
             "theta": str(self.root / "theta.f32"),
