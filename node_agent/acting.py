@@ -40,6 +40,7 @@ from node_agent.decide import (
     Upload,
     Withdraw,
 )
+from node_agent.housekeeping import tidy
 from node_agent.launchers.local import LocalLauncher
 from node_agent.plan_check import check_plan
 from node_agent.records import ConfirmRecord, RoundRecord, UploadRecord
@@ -47,6 +48,7 @@ from node_agent.rules import Refusal
 from node_agent.secure import SecureSum, dither_seed
 from node_agent.site import Site
 from node_agent.spool import DataPaths, Job, job_id, read_job, read_result
+from node_agent.transfers import Shown, Transfer
 from node_agent.view import RoundSeen, RunSeen
 from protocols.canonical import hash_fields
 from protocols.errors import (
@@ -74,21 +76,6 @@ from protocols.upload import UploadHeader
 from protocols.wire import round_ref
 
 logger = logging.getLogger(__name__)
-_KEEP_MODELS = 2
-_TIDY_JOBS = 8  # earlier rounds whose jobs are looked for: older ones were removed before
-
-
-@dataclass(slots=True)
-class Transfer:
-    """Bytes on their way, for heartbeats."""
-
-    activity: str
-    done: int = 0
-    total: int = 0
-
-    def move(self, done: int, total: int) -> None:
-        """A progress callback."""
-        self.done, self.total = done, total
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,6 +87,7 @@ class Actor:
     seen: Callable[[RoundId], tuple[RunSeen, RoundSeen]]  # the latest view of a round
     clock_offset: Callable[[], timedelta]  # coordinator's clock minus ours
     refuse: Callable[[str, Refusal], None]  # remember, for a while, why a run is refused
+    wake: Callable[[], None]  # there is something new to decide on
     secure: SecureSum
     transfers: dict[RoundId, Transfer] = field(default_factory=dict)
 
@@ -213,7 +201,7 @@ class Actor:
         )
         await self.site.connection.ask(lambda c: c.rounds.Join, request)
         logger.info("joined %s", action.round)
-        await asyncio.to_thread(self._tidy, action.round, current=True)
+        await self._tidy(action.round, current=True)
 
     async def _decline(self, round_: RoundId, refusal: Refusal) -> None:
         _, current = self.seen(round_)
@@ -332,6 +320,7 @@ class Actor:
             await asyncio.to_thread(
                 self.site.journal.add_outcome, round_, left=None, detail=facts, update=update
             )
+            self.wake()  # the vector of an open sum may be made while this is being said
         if plan.secagg is not None:
             await self.secure.ready(record, plan, 1)
         else:
@@ -545,38 +534,12 @@ class Actor:
         await asyncio.to_thread(site.journal.confirm_answered, action.round)
         if record.computed is not None and not record.objection:
             await asyncio.to_thread(site.models.sync, action.round.run, record.computed)
-        await asyncio.to_thread(self._tidy, action.round, current=False)
+        await self._tidy(action.round, current=False)
 
-    # -- housekeeping ----------------------------------------------------------------------------
+    # -- helpers ---------------------------------------------------------------------------------
 
-    def _tidy(self, round_: RoundId, *, current: bool) -> None:
-        """Remove what rounds that are over left behind. Blocking. A stopped run keeps evidence.
-
-        Args:
-            round_: a round of the run.
-            current: whether it is under way (it was joined), or over (it was confirmed).
-        """
-        site, run = self.site, round_.run
-        record = site.journal.run(run)
-        if record is None or record.stopped is not None:
-            return
-        end = round_.number if current else round_.number + 1
-        for name, of in site.journal.upload_files(run).items():
-            if of.number < end:
-                (site.folder.uploads / name).unlink(missing_ok=True)
-        launcher = self._launcher(record.plan)
-        joined = [RoundId(run, n) for n in site.journal.open_rounds(run)]
-        if launcher is not None:
-            for over in [earlier for earlier in joined if earlier.number < end][-_TIDY_JOBS:]:
-                launcher.forget(job_id(over))
-        if not current:
-            return  # the model that was just computed has no round of its own yet
-        keep: set[Digest] = set()  # this round's model and the one before it
-        for known in reversed([earlier for earlier in joined if earlier.number <= round_.number]):
-            found = site.journal.round(known)
-            if found is not None and len(keep) < _KEEP_MODELS:
-                keep.add(found.start_root)
-        site.models.keep_only(run, frozenset(keep))
+    async def _tidy(self, round_: RoundId, *, current: bool) -> None:
+        await asyncio.to_thread(tidy, self.site, round_, current=current)
 
     def _plan(self, round_: RoundId) -> Plan:
         record = self.site.journal.run(round_.run)
@@ -590,25 +553,8 @@ class Actor:
             raise NotFoundError(f"round {round_} was not joined")
         return record
 
-    def _transfer(self, round_: RoundId, activity: str) -> _Shown:
-        return _Shown(self.transfers, round_, Transfer(activity))
-
-
-@dataclass(slots=True)
-class _Shown:
-    """Shows a transfer in heartbeats while it lasts."""
-
-    shown: dict[RoundId, Transfer]
-    round: RoundId
-    transfer: Transfer
-
-    def __enter__(self) -> Transfer:
-        self.shown[self.round] = self.transfer
-        return self.transfer
-
-    def __exit__(self, *_: object) -> None:
-        if self.shown.get(self.round) is self.transfer:
-            del self.shown[self.round]
+    def _transfer(self, round_: RoundId, activity: str) -> Shown:
+        return Shown(self.transfers, round_, Transfer(activity))
 
 
 def _short(text: str) -> str:

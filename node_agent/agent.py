@@ -122,6 +122,7 @@ class Agent:
             seen=self._seen,
             clock_offset=lambda: self._offset or timedelta(),
             refuse=self._refuse,
+            wake=self._wake.set,
             secure=SecureSum(site=self.site, states=self._states),
         )
 

@@ -67,12 +67,12 @@ def test_a_node_killed_at_every_instant(tmp_path):
     with running(tmp_path / "federation", nodes=2, start=False) as federation:
         federation.start_node(OTHER)
         federation.start_node(VICTIM)
-        undisturbed = federation.submit("calm", rounds=2, coordinates=COORDINATES)
+        undisturbed = federation.submit("calm", rounds=3, coordinates=COORDINATES)
         wanted = results(federation.confirmed(undisturbed))
         federation.household.stop(VICTIM)
 
         folder = federation.folder / "nodes" / VICTIM
-        run = federation.submit("storm", rounds=2, coordinates=COORDINATES, deadlines=SLOW)
+        run = federation.submit("storm", rounds=3, coordinates=COORDINATES, deadlines=SLOW)
         for at in INSTANTS:
             agent = launch(folder, at)
             try:
@@ -97,13 +97,9 @@ def test_a_node_killed_at_every_instant(tmp_path):
     starts = sum(entry.what == "start" for entry in journal.entries())
     journal.close()
     assert set(said.values()) == {1}  # each statement stands once
-    assert {what for _, number, what in said if number == 0} == {
-        "join",
-        "ready",
-        "upload",
-        "receipt",
-        "confirm",
-    }
+    # The last upload ends the phase: killed before it kept the receipt, a node is not asked again.
+    spoken = {what for _, number, what in said if number == 0} - {"receipt"}
+    assert spoken == {"join", "ready", "upload", "confirm"}
     assert starts == len(INSTANTS) + 2
     leftovers = [path.name for path in (folder / "spool" / "uploads").iterdir()]
     assert leftovers == [], leftovers

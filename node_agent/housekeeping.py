@@ -1,0 +1,45 @@
+"""What rounds leave behind at a node, and when it goes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from node_agent.site import Site
+from node_agent.spool import job_id
+from protocols.identifiers import Digest, RoundId
+
+KEEP_MODELS: Final = 2  # the one a round starts from, and the one before it
+_JOBS: Final = 8  # earlier rounds whose jobs are looked for: older ones were removed before
+
+
+def tidy(site: Site, round_: RoundId, *, current: bool) -> None:
+    """Remove vectors, jobs and models of rounds that are over. Blocking.
+
+    A run that this node stopped taking part in keeps everything: it is evidence.
+
+    Args:
+        site: the node.
+        round_: a round of the run.
+        current: whether it is under way (it was joined), or over (it was confirmed).
+    """
+    run = round_.run
+    record = site.journal.run(run)
+    if record is None or record.stopped is not None:
+        return
+    end = round_.number if current else round_.number + 1
+    for name, of in site.journal.upload_files(run).items():
+        if of.number < end:
+            (site.folder.uploads / name).unlink(missing_ok=True)
+    launcher = site.launchers.get(record.plan.local_step.kind)
+    joined = [RoundId(run, number) for number in site.journal.open_rounds(run)]
+    if launcher is not None:
+        for over in [earlier for earlier in joined if earlier.number < end][-_JOBS:]:
+            launcher.forget(job_id(over))
+    if not current:
+        return  # the model that was just computed has no round of its own yet
+    keep: set[Digest] = set()
+    for known in reversed([earlier for earlier in joined if earlier.number <= round_.number]):
+        found = site.journal.round(known)
+        if found is not None and len(keep) < KEEP_MODELS:
+            keep.add(found.start_root)
+    site.models.keep_only(run, frozenset(keep))
