@@ -158,7 +158,8 @@ def test_a_token_is_for_one_institution(door, invited):
         request = enrol_request("b", invited.secret, door.signing_key("b"))
         door.enrolment_stub().Join(request, timeout=10)
     # ... and is not used up by the attempt
-    door.enrolment_stub().Join(enrol_request("a", invited.secret, door.signing_key("a")), timeout=10)
+    request = enrol_request("a", invited.secret, door.signing_key("a"))
+    door.enrolment_stub().Join(request, timeout=10)
 
 
 def test_a_token_nobody_made_is_refused(door):
