@@ -69,15 +69,18 @@ def print_status(facts: dict[str, Any]) -> None:
     life = f"agent running (process {pid})" if pid is not None else "no agent is running"
     paused = ", paused" if facts["paused"] else ""
     _line((facts["institution"], "bold"), f" of {facts['federation']}: {life}{paused}")
-    if agent is not None:
+    if agent is not None and pid is None:
+        _line(f"what follows is what the last one said, at {agent['at']}")
+    elif agent is not None:
         link = "connected to" if agent["connected"] else "not connected to"
         _line(f"{link} {facts['coordinator']}, as of {agent['at']}")
         if agent["trouble"]:
             _line(f"  {agent['trouble']}")
-        _line(f"certificate until {agent['certificate_until']}")
         for kind, state in sorted(agent["workers"].items()):
             if state != "asleep":
                 _line(f"worker ({kind}): {state}")
+    if agent is not None:
+        _line(f"certificate until {agent['certificate_until']}")
         for run in agent["runs"]:
             at = f"{run['round']} {run['phase']}" if run["round"] else run["status"]
             _line((run["run"], "bold"), f" {at}: {run['why'] or run['status']}")

@@ -431,9 +431,25 @@ def test_status_and_journal_without_an_agent(site):
     journal.add_decision(ROUND, index=0, start_root="a" * 64, refusal=None)
     journal.close()
 
+    (site / "status.json").write_text(
+        json.dumps(
+            {
+                "schema": "minga.node-status/1",
+                "at": "2026-03-01T12:00:00Z",
+                "connected": True,
+                "trouble": "",
+                "certificate_until": "2026-04-01T12:00:00Z",
+                "workers": {"builtin": "serving, process 1"},
+                "runs": [],
+            }
+        )
+    )
     status, out = command("status", "--dir", site)
     assert status == 0
     assert "no agent is running" in out
+    assert "what the last one said, at 2026-03-01T12:00:00Z" in out
+    assert "connected" not in out  # it was; nobody is now
+    assert "serving" not in out
     assert "join" in out
     facts = json.loads(command("status", "--dir", site, "--json")[1])
     assert facts["agent_pid"] is None
