@@ -117,8 +117,8 @@ def counted(budget: Budget, spends: Iterable[Spend]) -> tuple[Spend, ...]:
     )
 
 
-def _no(rule: str, why: str, **figures: Guarantee) -> Affordable:
-    return Affordable(yes=False, rule=rule, why=why, **figures)
+def _no(rule: str, why: str) -> Affordable:
+    return Affordable(yes=False, rule=rule, why=why)
 
 
 def _same_events(charges: Sequence[Charge]) -> bool:
@@ -166,8 +166,14 @@ def afford(
 
     spent, after = total(0), total(1)
     if not after.epsilon <= budget.epsilon:
-        why = f"epsilon is {spent.printed()}, would be {after.printed()} and may be {budget.epsilon:g}"
-        return _no("privacy.budget", why, spent=spent, after=after)
+        figures = f"{spent.printed()}, would be {after.printed()} and may be {budget.epsilon:g}"
+        return Affordable(
+            yes=False,
+            rule="privacy.budget",
+            why=f"epsilon is {figures}",
+            spent=spent,
+            after=after,
+        )
     low, high = 1, rounds  # the largest n that fits is in low .. high: epsilon grows with n
     while low < high:
         middle = (low + high + 1) // 2

@@ -5,9 +5,9 @@ s * C. With probability at least 1 - beta its squared norm is at most
 
     D2^2 = min{ (sC + sqrt d)^2,  (sC)^2 + d/4 + sqrt(2 ln(1/beta)) (sC + sqrt(d)/2) }
 
-Where each rounded update is checked against the bound and drawn again (``protocols.noise.rounding``)
-it holds always. Where only a *sum* is rounded nothing can be checked: the bound holds but for beta,
-which is then added to delta in every release.
+Where each rounded update is checked against the bound and drawn again, as does
+``protocols.noise.rounding``, it holds always. Where only a *sum* is rounded nothing can be checked:
+the bound holds but for beta, which is then added to delta in every release.
 
 Whole numbers and fractions throughout; what must be rounded is rounded towards more sensitivity,
 except the bound that is enforced: there the check makes the bound true, whatever its value.
