@@ -38,6 +38,7 @@ from node_agent.decide import (
     forgotten,
 )
 from node_agent.enrol import renew, renewal_due
+from node_agent.housekeeping import tidy
 from node_agent.keys import TlsIdentity
 from node_agent.plan_check import check_plan, check_round
 from node_agent.records import RoundRecord, RunRecord, UploadRecord
@@ -168,6 +169,8 @@ class Agent:
                 self.site.journal.note("worker", {"reason": left})
         for dropped in self.site.models.recover():
             self.site.journal.note("model dropped", {"reason": dropped})
+        for over in self.site.journal.last_confirmed():
+            tidy(self.site, over, current=False)  # killed between the confirm and this
         for leftover in self.site.folder.uploads.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         self._states.recover()

@@ -41,6 +41,7 @@ from protocols.tlog.merkle import leaf_hash
 T = TypeVar("T")
 MESSAGE: Final = 2**20  # bytes of one raw message
 STALL_S: Final = 120.0  # without a byte accepted or received, a transfer is given up and resumed
+_READ_BACK_S: Final = 600.0
 ATTEMPTS: Final = 6  # failures in a row without progress
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -136,7 +137,8 @@ async def upload(
     )
     patience = _Patience(connection)
     while True:
-        state = await connection.ask(lambda c: c.bulk.BeginUpload, request)
+        # After a restart the other side reads the whole file back before it answers.
+        state = await connection.ask(lambda c: c.bulk.BeginUpload, request, timeout_s=_READ_BACK_S)
         if not state.complete and state.durable < state.total:
             if _size(path) != state.total:
                 raise CorruptStateError(f"{path} is not the vector that was announced")
@@ -155,7 +157,9 @@ async def upload(
                 continue
         finish = bulk_pb2.FinishUploadRequest(upload_id=state.upload_id)
         try:
-            answer = await connection.call(connection.bulk.FinishUpload, finish, timeout_s=120.0)
+            answer = await connection.call(
+                connection.bulk.FinishUpload, finish, timeout_s=_READ_BACK_S
+            )
         except NotReadyError as error:  # not answered, or it lost what it had not acknowledged
             await patience.wait(error, int(state.durable))
             continue

@@ -469,6 +469,14 @@ class Journal:
             what = "objection" if record.objection else "confirm"
             self._note(connection, round_.run, round_.number, what, values)
 
+    def last_confirmed(self) -> tuple[RoundId, ...]:
+        """The last round of each run whose model was confirmed, or objected to."""
+        newest = sa.func.max(_confirms.c.number)
+        query = sa.select(_confirms.c.run, newest).group_by(_confirms.c.run)
+        query = query.where(_confirms.c.answered_at.is_not(None))
+        with self._errors(), self._engine.connect() as connection:
+            return tuple(RoundId(RunId(run), number) for run, number in connection.execute(query))
+
     def confirm_answered(self, round_: RoundId) -> None:
         """The coordinator has it."""
         with self._write() as connection:

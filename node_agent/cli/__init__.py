@@ -122,6 +122,11 @@ def run(
         await serve(open_site(node, config, rng=SystemRandom()))
 
     with FolderLock(node, pid=os.getpid()):
+        typer.echo(
+            f"{config.institution} of {config.federation}: agent at work, process {os.getpid()};"
+            f" `minga node status --dir {folder}` says what it does",
+            err=True,
+        )
         asyncio.run(work())
 
 

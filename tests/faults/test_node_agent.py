@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from node_agent.agent import Agent
 from node_agent.client import Backoff
 from node_agent.config import NodeFolder, load_config
 from node_agent.journal import Journal
+from node_agent.keys import KeyStore
 from node_agent.launchers.local import GIVE_UP, LocalLauncher
 from node_agent.lock import FolderLock
 from node_agent.site import open_site
@@ -152,6 +154,7 @@ def test_a_run_with_a_resident_worker(bench):
     assert report.status == "done"
     assert [round_.metrics["tokens"] for round_ in report.released] == [20, 20, 20]
     assert bench.starts == 1  # one worker served all rounds
+    bench.until(run, lambda _: True)  # it may have been stopped before it had tidied up
     assert list((bench.spool.root / "out").iterdir()) == []  # nothing is left of what is over
     assert list(bench.folder.uploads.iterdir()) == []
     held = [path for path in bench.folder.run_models(run).iterdir() if path.is_dir()]
@@ -237,6 +240,42 @@ def test_another_model_is_objected_to_and_ends_the_part_in_the_run(bench):
     assert "model_disagreement" in shown["stopped"]
     evidence = [p.name for p in bench.folder.run_models(run).iterdir()]
     assert any(name.startswith(".sum-") for name in evidence)  # kept for whoever looks into it
+
+
+def test_heartbeats_show_the_training(bench):
+    """Between two heartbeats at most two seconds pass; the step is the worker's."""
+    bench.behave("slow")
+    run = bench.federation.submit("slow", rounds=1, local_step=TRAINS)
+    seen = []
+
+    def trains(_report: RunReport) -> bool:
+        (facts,) = [f for f in bench.federation.client.nodes() if f.node == NODE]
+        seen.extend((p.activity, p.step) for p in facts.progress if p.round.run == run)
+        return len({step for activity, step in seen if activity == "training" and step}) >= 2
+
+    bench.until(run, trains)
+
+    steps = [step for activity, step in seen if activity == "training"]
+    assert steps == sorted(steps)
+    bench.federation.client.stop(run, "seen enough")
+    bench.behave("well")
+
+
+def test_a_certificate_is_renewed_without_a_restart(bench, monkeypatch):
+    """Due at once, then never again: the run goes on over the new channel."""
+    keys = KeyStore(bench.folder.keys)
+    before = keys.tls().serial
+    due = iter([datetime(2020, 1, 1, tzinfo=UTC)])
+    far = datetime(2100, 1, 1, tzinfo=UTC)
+    monkeypatch.setattr("node_agent.agent.renewal_due", lambda *_args, **_named: next(due, far))
+    run = bench.federation.submit("renews", rounds=2)
+
+    assert bench.until(run, confirmed).status == "done"
+
+    assert keys.tls().serial != before
+    journal = Journal(bench.folder.journal, now=lambda: NOW, read_only=True)
+    assert sum(entry.what == "certificate renewed" for entry in journal.entries()) == 1
+    journal.close()
 
 
 def test_a_second_agent_is_refused(bench):

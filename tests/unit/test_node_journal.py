@@ -195,6 +195,19 @@ def test_the_files_of_a_run(journal):
     assert journal.upload_files(RUN) == {"r1.0.1.bin": ROUND, "r1.0.2.bin": ROUND}
 
 
+def test_the_last_confirmed_round_of_each_run(journal):
+    assert journal.last_confirmed() == ()
+    for number in (0, 1, 2):
+        record = replace(
+            confirmed(computed=SECOND.model_root, answered=False), round=RoundId(RUN, number)
+        )
+        journal.add_confirm(record)
+        if number < 2:
+            journal.confirm_answered(record.round)
+
+    assert journal.last_confirmed() == (RoundId(RUN, 1),)
+
+
 def test_the_journal_is_private(tmp_path, journal):
     mode = stat.S_IMODE((tmp_path / "journal.sqlite").stat().st_mode)
 
