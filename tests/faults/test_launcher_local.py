@@ -291,19 +291,25 @@ def test_a_process_with_a_recycled_number_is_left_alone(tmp_path):
 
 
 def test_one_that_ignores_sigterm_is_killed():
-    script = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        "print('deaf', flush=True); time.sleep(3600)"
+    """Two, in fact: the head of the family, and a member in a session of its own."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    child = deaf + "print('deaf', flush=True); time.sleep(3600)"
+    head = deaf + (
+        "import subprocess, sys; "
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); "
+        "print(p.pid, flush=True); time.sleep(3600)"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
-    ) as deaf:
-        assert deaf.stdout.readline() == "deaf\n"
-        assert deaf.pid in {member.pid for member in family(os.getpid())}
+        [sys.executable, "-c", head], stdout=subprocess.PIPE, text=True
+    ) as process:
+        said = {process.stdout.readline().strip(), process.stdout.readline().strip()}
+        (member,) = said - {"deaf"}
+        assert {process.pid, int(member)} <= {one.pid for one in family(os.getpid())}
 
-        end_family(Process.of(deaf.pid), patience_s=0.3, reap=deaf.poll)
+        end_family(Process.of(process.pid), patience_s=0.3, reap=process.poll)
 
-        assert deaf.wait(timeout=20) == -signal.SIGKILL
+        assert process.wait(timeout=20) == -signal.SIGKILL
+    assert gone(int(member))
 
 
 def test_a_restarted_agent_asks_again_and_keeps_what_is_done(tmp_path):
