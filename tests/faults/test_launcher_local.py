@@ -290,11 +290,12 @@ def test_a_process_with_a_recycled_number_is_left_alone(tmp_path):
     assert remembered(path) is None
 
 
-def test_one_that_ignores_sigterm_is_killed():
-    """Two, in fact: the head of the family, and a member in a session of its own."""
+@pytest.mark.parametrize("head_is_deaf", [True, False])
+def test_one_that_ignores_sigterm_is_killed(head_is_deaf):
+    """A member in a session of its own, whether or not the head of the family outlives it."""
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     child = deaf + "print('deaf', flush=True); time.sleep(3600)"
-    head = deaf + (
+    head = (deaf if head_is_deaf else "import time; ") + (
         "import subprocess, sys; "
         f"p = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); "
         "print(p.pid, flush=True); time.sleep(3600)"
@@ -308,7 +309,8 @@ def test_one_that_ignores_sigterm_is_killed():
 
         end_family(Process.of(process.pid), patience_s=0.3, reap=process.poll)
 
-        assert process.wait(timeout=20) == -signal.SIGKILL
+        last = signal.SIGKILL if head_is_deaf else signal.SIGTERM
+        assert process.wait(timeout=20) == -last
     assert gone(int(member))
 
 
