@@ -239,8 +239,8 @@ def accept_message(summed: Sum, kind: str, message: Signed[Any] | DealBundle) ->
     """Check a message against the attempt and the phase.
 
     Returns:
-        What the round machine should be told; None: it is only kept (a READY of a later attempt,
-        an upload's header, an abort before the verdict).
+        What the round machine should be told; None: it is only kept (an upload's header, an abort
+        before the verdict).
 
     Raises:
         WrongPhaseError: not the phase for it.
@@ -260,14 +260,14 @@ def _phase(summed: Sum, *allowed: type[Any]) -> Phase:
 
 def _ready(summed: Sum, signed: Signed[Ready]) -> Event | None:
     node = checks.check_ready(signed, summed.attempt).node
-    phase = _phase(summed, Training, Dealing, Uploading)
+    phase = _phase(summed, Training, Dealing)
     if isinstance(phase, Training):
         if summed.attempt.number != 1:
             raise WrongPhaseError("the first attempt has number 1")
         return ReadyArrived(node)
     if node not in summed.members():
         raise NotListedError(f"{node} is not in the ready set of round {summed.row.round}")
-    return None
+    return ReadyArrived(node, summed.attempt.number)
 
 
 def _deal(summed: Sum, bundle: DealBundle) -> Event | None:

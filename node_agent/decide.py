@@ -423,7 +423,9 @@ def _shown_stage(node: NodeId, phase: SecurePhase) -> str:
         case Dealing():
             if node in phase.agreed:
                 return "agreed"
-            return "dealt" if node in phase.dealt else ""
+            if node in phase.dealt:
+                return "dealt"
+            return "ready" if node in phase.keyed else ""
         case Uploading():
             return "fixed" if node in phase.received else "agreed"
         case Committing():
@@ -522,6 +524,10 @@ def _while_dealing(s: Situation, round_: RoundId, phase: Dealing, known: SecureK
     attempt = phase.attempt
     if known.attempt < attempt:
         return _secure(s, round_, attempt, "ready", f"attempt {attempt} begins with fresh keys")
+    if s.node in phase.without_keys:  # made, and perhaps not handed in before a crash
+        return _secure(s, round_, attempt, "ready", f"handing in the keys of attempt {attempt}")
+    if phase.without_keys:
+        return _wait(f"round {round_}: attempt {attempt}, waiting for the others' fresh keys")
     if s.node not in phase.dealt:
         return _secure(s, round_, attempt, "deal", "dealing shares")
     if phase.dealt != phase.ready:

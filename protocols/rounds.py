@@ -74,8 +74,21 @@ class Dealing:
     closes_at: datetime  # UTC
     attempt: int  # from 1
     ready: Nodes
+    keyed: Nodes = NOBODY  # made fresh keys for this attempt; the first attempt's came with READY
     dealt: Nodes = NOBODY
     agreed: Nodes = NOBODY
+
+    @property
+    def without_keys(self) -> Nodes:
+        """Nodes whose fresh keys are missing: nobody can deal before all are there."""
+        return NOBODY if self.attempt == 1 else self.ready - self.keyed
+
+    @property
+    def missing(self) -> Nodes:
+        """Nodes whose next message is waited for."""
+        return self.without_keys or (
+            self.ready - (self.agreed if self.dealt == self.ready else self.dealt)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +187,10 @@ class DeclineArrived:
 
 @dataclass(frozen=True, slots=True)
 class ReadyArrived:
-    """``node`` has an update to contribute."""
+    """``node`` has an update to contribute; in a later attempt, fresh keys for it."""
 
     node: NodeId
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,8 +392,9 @@ def _while_training(round_: RoundId, phase: Training, event: Event, now: datetim
     match event:
         case JoinArrived(node) if node in phase.cohort:
             return Step(phase, f"{node} repeated its join")
-        case ReadyArrived(node):
+        case ReadyArrived(node, attempt):
             _listed(round_, node, phase.cohort, "in the cohort")
+            _same_attempt(round_, 1, attempt)
             if node in phase.left:
                 raise EquivocationError(f"{node} has left round {round_} before")
             phase = replace(phase, ready=phase.ready | {node})
@@ -420,11 +435,16 @@ def _while_dealing(round_: RoundId, phase: Dealing, event: Event, now: datetime)
     _in_time(round_, phase, event, now)
     lost: Nodes = NOBODY
     match event:
-        case ReadyArrived(node) if node in phase.ready:
+        case ReadyArrived(node, attempt) if node in phase.ready and attempt < phase.attempt:
             return Step(phase, f"{node} repeated that it is ready")
+        case ReadyArrived(node, attempt) if node in phase.ready:
+            _same_attempt(round_, phase.attempt, attempt)
+            phase = replace(phase, keyed=phase.keyed | {node}) if attempt > 1 else phase
         case DealArrived(node, attempt):
             _listed(round_, node, phase.ready, "in the ready set")
             _same_attempt(round_, phase.attempt, attempt)
+            if phase.without_keys:
+                raise WrongPhaseError(f"round {round_}: not everybody has fresh keys yet")
             phase = replace(phase, dealt=phase.dealt | {node})
         case AgreementArrived(node, attempt):
             _listed(round_, node, phase.ready, "in the ready set")
@@ -449,9 +469,10 @@ def _while_dealing(round_: RoundId, phase: Dealing, event: Event, now: datetime)
             ready=phase.ready,
         )
         return Step(uploading, f"all {len(phase.ready)} agreed on what was dealt")
-    waiting = phase.ready - (phase.agreed if phase.dealt == phase.ready else phase.dealt)
+    waiting = phase.missing
     if not lost:
         verb = "agree on what was dealt" if phase.dealt == phase.ready else "deal"
+        verb = "make fresh keys" if phase.without_keys else verb
         if now < phase.closes_at:
             by = _clock(phase.closes_at)
             return Step(phase, f"until {by} for {_names(waiting)} to {verb}")
@@ -638,8 +659,7 @@ def waiting_for(phase: Phase) -> tuple[NodeId, ...]:
         case Training():
             return tuple(sorted(phase.cohort - phase.ready - phase.left))
         case Dealing():
-            done = phase.agreed if phase.dealt == phase.ready else phase.dealt
-            return tuple(sorted(phase.ready - done))
+            return tuple(sorted(phase.missing))
         case Uploading():
             return tuple(sorted(phase.ready - phase.received))
         case Committing():

@@ -49,6 +49,7 @@ _SETS = (
     "cohort",
     "ready",
     "left",
+    "keyed",
     "dealt",
     "agreed",
     "received",
@@ -145,7 +146,7 @@ def phase_from_view(view: rounds_pb2.PhaseView, terms: Terms) -> Phase:
         case "Training":
             phase = timed(Training, "cohort", "ready", "left")
         case "Dealing":
-            phase = timed(Dealing, "ready", "dealt", "agreed")
+            phase = timed(Dealing, "ready", "keyed", "dealt", "agreed")
         case "Uploading":
             phase = timed(Uploading, "ready", "received")
         case "Committing":

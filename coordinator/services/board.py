@@ -69,7 +69,7 @@ def stage(phase: Phase) -> Hashable:
     """What distinguishes the moments of a round at which nodes have to act."""
     match phase:
         case Dealing(attempt=attempt, dealt=dealt, ready=ready):
-            return ("Dealing", attempt, dealt == ready)
+            return ("Dealing", attempt, bool(phase.without_keys), dealt == ready)
         case Released(opened=opened):
             return ("Released", opened)
         case _:

@@ -91,7 +91,7 @@ class RoundView(_message.Message):
     def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., phase: _Optional[_Union[PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., start_snapshot: _Optional[bytes] = ..., next_snapshot: _Optional[bytes] = ..., index: _Optional[int] = ..., transcript: _Optional[str] = ...) -> None: ...
 
 class PhaseView(_message.Message):
-    __slots__ = ("name", "attempt", "closes_at_ms", "joined", "declined", "cohort", "ready", "left", "dealt", "agreed", "received", "survivors", "commits", "aborts", "revealed", "sum", "model_root", "code", "reason")
+    __slots__ = ("name", "attempt", "closes_at_ms", "joined", "declined", "cohort", "ready", "left", "dealt", "agreed", "received", "survivors", "commits", "aborts", "revealed", "sum", "model_root", "code", "reason", "keyed")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CLOSES_AT_MS_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class PhaseView(_message.Message):
     MODEL_ROOT_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    KEYED_FIELD_NUMBER: _ClassVar[int]
     name: str
     attempt: int
     closes_at_ms: int
@@ -130,7 +131,8 @@ class PhaseView(_message.Message):
     model_root: str
     code: str
     reason: str
-    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[int] = ..., closes_at_ms: _Optional[int] = ..., joined: _Optional[_Iterable[str]] = ..., declined: _Optional[_Iterable[str]] = ..., cohort: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., left: _Optional[_Iterable[str]] = ..., dealt: _Optional[_Iterable[str]] = ..., agreed: _Optional[_Iterable[str]] = ..., received: _Optional[_Iterable[str]] = ..., survivors: _Optional[_Iterable[str]] = ..., commits: _Optional[_Iterable[str]] = ..., aborts: _Optional[_Iterable[str]] = ..., revealed: _Optional[_Iterable[str]] = ..., sum: _Optional[str] = ..., model_root: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    keyed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[int] = ..., closes_at_ms: _Optional[int] = ..., joined: _Optional[_Iterable[str]] = ..., declined: _Optional[_Iterable[str]] = ..., cohort: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., left: _Optional[_Iterable[str]] = ..., dealt: _Optional[_Iterable[str]] = ..., agreed: _Optional[_Iterable[str]] = ..., received: _Optional[_Iterable[str]] = ..., survivors: _Optional[_Iterable[str]] = ..., commits: _Optional[_Iterable[str]] = ..., aborts: _Optional[_Iterable[str]] = ..., revealed: _Optional[_Iterable[str]] = ..., sum: _Optional[str] = ..., model_root: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., keyed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetPlanRequest(_message.Message):
     __slots__ = ("run",)

@@ -73,6 +73,20 @@ def test_a_node_lost_while_dealing_restarts_it_with_fresh_keys(door):
     assert play.opened_sum() == play.plain_sum(sorted(row.phase.survivors))
 
 
+def test_a_node_that_dies_as_dealing_restarts_is_dropped_too(door):
+    play = SecureRound(door, n=6)
+    play.all("join", "ready")
+    play.all("deal", but=("n01",))
+    play.expire()
+    play.all("next_attempt", but=("n01", "n02"))
+    play.expire()
+    assert (play.phase.attempt, sorted(play.phase.ready)) == (3, ["n00", "n03", "n04", "n05"])
+    lost = ("n01", "n02")
+    play.all("next_attempt", "deal", "acknowledge", "mask", "upload", "commit", "reveal", but=lost)
+    row = play.until_open()
+    assert play.opened_sum() == play.plain_sum(sorted(row.phase.survivors))
+
+
 def test_too_few_uploads_end_with_an_abort_certificate(door):
     play = SecureRound(door, n=5)
     play.all(*STEPS[: STEPS.index("upload")])

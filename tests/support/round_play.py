@@ -253,6 +253,8 @@ def honest(node: NodeId, phase: Phase) -> Event | None:
         case Training(cohort=cohort, ready=ready, left=left):
             return ReadyArrived(node) if node in cohort - ready - left else None
         case Dealing(ready=ready, dealt=dealt, agreed=agreed, attempt=attempt):
+            if phase.without_keys:
+                return ReadyArrived(node, attempt) if node in phase.without_keys else None
             if node in ready - dealt:
                 return DealArrived(node, attempt)
             return AgreementArrived(node, attempt) if node in dealt - agreed else None
@@ -303,8 +305,9 @@ def _sets(phase: Phase) -> Iterator[tuple[str, frozenset[NodeId], frozenset[Node
             yield "cohort", cohort, frozenset(terms.roster)
             yield "ready", ready, cohort - left
             yield "left", left, cohort - ready
-        case Dealing(ready=ready, dealt=dealt, agreed=agreed):
-            yield "dealt", dealt, ready
+        case Dealing(ready=ready, dealt=dealt, agreed=agreed, keyed=keyed):
+            yield "keyed", keyed, ready
+            yield "dealt", dealt, ready if not phase.without_keys else frozenset()
             yield "agreed", agreed, ready
         case Uploading(ready=ready, received=received):
             yield "received", received, ready

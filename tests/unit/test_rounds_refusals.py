@@ -72,8 +72,14 @@ TRAINING = Training(
     terms=SECURE, closes_at=SHUT, cohort=some(A, B, C, D), ready=some(A), left=some(B)
 )
 DEALING = Dealing(
-    terms=SECURE, closes_at=SHUT, attempt=2, ready=some(A, B, C, D), dealt=some(A, B, C)
+    terms=SECURE,
+    closes_at=SHUT,
+    attempt=2,
+    ready=some(A, B, C, D),
+    keyed=some(A, B, C, D),
+    dealt=some(A, B, C),
 )
+RESTARTED = replace(DEALING, keyed=some(A, B, C), dealt=some())
 UPLOADING = Uploading(
     terms=SECURE, closes_at=SHUT, attempt=2, ready=some(A, B, C, D), received=some(A)
 )
@@ -133,6 +139,9 @@ TABLE = [
     ("4.8 commit of attempt 1", COMMITTING, CommitArrived(C, 1), START, WrongPhaseError),
     ("4.8 abort of attempt 1", COMMITTING, AbortArrived(D, 1), START, WrongPhaseError),
     ("4.8 shares of attempt 1", REVEALING, SharesArrived(B, 1), START, WrongPhaseError),
+    ("4.8 keys of attempt 3", DEALING, ReadyArrived(A, 3), START, WrongPhaseError),
+    ("4.8 ready for attempt 2", TRAINING, ReadyArrived(C, 2), START, WrongPhaseError),
+    ("4.9 deals too early", RESTARTED, DealArrived(A, 2), START, WrongPhaseError),
     ("4.9 agrees too early", DEALING, AgreementArrived(A, 2), START, WrongPhaseError),
     ("4.10 deal in open mode", PUBLIC_UPLOADING, DealArrived(A, 1), START, WrongPhaseError),
     ("4.10 agreement", PUBLIC_UPLOADING, AgreementArrived(A, 1), START, WrongPhaseError),
@@ -274,6 +283,19 @@ def test_enough_by_the_deadline():
     assert step(ROUND, enough, TimePassed(), SHUT).phase == Released(
         attempt=1, survivors=some(A, B)
     )
+
+
+def test_who_makes_no_fresh_keys_is_dropped_and_the_others_go_on():
+    """A node that dies as Dealing restarts must not cost the others the round."""
+    again = step(ROUND, RESTARTED, TimePassed(), SHUT).phase
+
+    assert again == Dealing(
+        terms=SECURE, closes_at=SHUT + SECURE.deal, attempt=3, ready=some(A, B, C)
+    )
+    keyed = step(ROUND, RESTARTED, ReadyArrived(D, 2), START).phase
+    assert isinstance(keyed, Dealing)
+    assert not keyed.without_keys
+    assert step(ROUND, keyed, DealArrived(A, 2), START).phase.dealt == some(A)
 
 
 def test_a_complaint_drops_the_dealer_and_everybody_starts_over():

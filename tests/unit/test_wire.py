@@ -69,7 +69,7 @@ timed = {"terms": st.just(TERMS), "closes_at": when}
 phases = st.one_of(
     st.builds(Open, **timed, joined=some, declined=some),
     st.builds(Training, **timed, cohort=some, ready=some, left=some),
-    st.builds(Dealing, **timed, attempt=attempt, ready=some, dealt=some, agreed=some),
+    st.builds(Dealing, **timed, attempt=attempt, ready=some, keyed=some, dealt=some, agreed=some),
     st.builds(Uploading, **timed, attempt=attempt, ready=some, received=some),
     st.builds(
         Committing, **timed, attempt=attempt, ready=some, survivors=some, commits=some, aborts=some
