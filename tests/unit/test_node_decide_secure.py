@@ -91,6 +91,24 @@ def step(name, attempt=1):
 LOST_STATE = "round r1/0: secagg.state_lost: "
 TABLE = [
     (
+        "keys of a restarted attempt that were not handed in before a crash",
+        secure(dealing(attempt=2), "ready", attempt=2),
+        step("ready", 2),
+        "round r1/0: handing in the keys of attempt 2",
+    ),
+    (
+        "nobody deals before all fresh keys are there",
+        secure(dealing(attempt=2, keyed=JUST_ME), "ready", attempt=2),
+        [],
+        "round r1/0: attempt 2, waiting for the others' fresh keys",
+    ),
+    (
+        "the restarted attempt goes on",
+        secure(dealing(attempt=2, keyed=ALL), "ready", attempt=2),
+        step("deal", 2),
+        "round r1/0: dealing shares",
+    ),
+    (
         "a masked vector is not made before the shares are dealt",
         secure(Training(terms=SECURE_TERMS, closes_at=CLOSES, cohort=ALL, ready=JUST_ME)),
         [],
