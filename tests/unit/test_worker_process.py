@@ -32,6 +32,12 @@ time.sleep(600)
 """
 
 
+def serves(spool, pid):
+    """Whether this very process holds the spool; what a killed one left does not count."""
+    info = read_worker(spool)
+    return info is not None and info.pid == pid
+
+
 def test_a_worker_killed_politely_or_not_loses_nothing(tmp_path):
     """SIGTERM in a round, a restart, SIGKILL in the same round, a restart: the same bits."""
     step = {"optimizer": "adamw", "lr": 3e-3, "max_steps": 200}
@@ -61,9 +67,14 @@ def test_a_worker_killed_politely_or_not_loses_nothing(tmp_path):
     assert seen("done") == 0
 
     with worker(spool, "--lock-wait-s", "5") as process:
+        wait_for(lambda: serves(spool, process.pid), process=process)
         # A second one on the same spool leaves, with one sentence and the status of "not ready".
         second = subprocess.run(
-            command(spool, "--lock-wait-s", "0"), cwd=ROOT, capture_output=True, check=False
+            command(spool, "--lock-wait-s", "0"),
+            cwd=ROOT,
+            capture_output=True,
+            check=False,
+            timeout=60,
         )
         assert second.returncode == 4
         assert b"another worker serves" in second.stderr
