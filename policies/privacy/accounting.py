@@ -158,6 +158,19 @@ def renyi(charges: Sequence[Charge], orders: Sequence[float]) -> list[float]:
     ]
 
 
+def convert_renyi(
+    curve: Sequence[float], orders: Sequence[float], delta: float
+) -> tuple[float, float]:
+    """Epsilon at ``delta`` of a Renyi curve, and the order that gave it.
+
+    Source: Canonne, Kamath and Steinke, NeurIPS 2020, Proposition 12.
+    """
+    from dp_accounting.rdp import compute_epsilon  # noqa: PLC0415
+
+    epsilon, order = compute_epsilon(list(orders), list(curve), delta)
+    return float(epsilon) * _PAD, float(order)
+
+
 def account_renyi(
     charges: Iterable[Charge], *, delta: float, orders: Sequence[float] = WHOLE_ORDERS
 ) -> Guarantee:
@@ -166,16 +179,13 @@ def account_renyi(
     Raises:
         PlanRefusedError: as ``renyi``.
     """
-    from dp_accounting.rdp import compute_epsilon  # noqa: PLC0415
-
     all_charges = tuple(charges)
     _check_delta(delta)
     relation, unit = _kind(all_charges)
     curve = renyi(all_charges, orders)
 
     def convert(spare: float) -> tuple[float, float]:
-        epsilon, order = compute_epsilon(list(orders), curve, spare)
-        return float(epsilon) * _PAD, float(order)
+        return convert_renyi(curve, orders, spare)
 
     epsilon, order = _settle(all_charges, delta, convert)
     return Guarantee(epsilon=epsilon, delta=delta, relation=relation, unit=unit, order=order)

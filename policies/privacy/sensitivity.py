@@ -48,9 +48,10 @@ class Unit(StrEnum):
 
 
 def _sqrt_up(x: Fraction) -> Fraction:
-    """At least the square root of x, by less than 2**-64 of a step."""
-    scaled = (x.numerator << 128) // x.denominator + 1
-    return Fraction(isqrt(scaled) + 1, 1 << 64)
+    """The square root of x where it is a whole number, else above it by less than 2**-63."""
+    scaled = -((-x.numerator << 128) // x.denominator)
+    root = isqrt(scaled)
+    return Fraction(root + (root * root < scaled), 1 << 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
