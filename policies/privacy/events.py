@@ -218,3 +218,43 @@ def charge_for_sum(
         failure=sensitivity.failure,
         distance=coordinate_distance * shares * sensitivity.coordinates,
     )
+
+
+def charge_for_sampled_sum(
+    sensitivity: IntegerSensitivity,
+    *,
+    sampling_rate: Fraction,
+    share_variance: Fraction,
+    shares: int,
+    coordinate_distance: Fraction,
+) -> Charge:
+    """What one step costs whose noise is a sum of shares: ``record-distributed``.
+
+    Args:
+        sensitivity: of one record.
+        sampling_rate: of the Poisson sample at the site whose records are meant.
+        share_variance, shares, coordinate_distance: as in ``charge_for_sum``.
+
+    The sum of the shares is not quite a discrete Gaussian: probabilities differ by a factor of at
+    most e^tau in each coordinate, so by at most tau * d in total variation, which is added to the
+    distance. With one share tau is 0: ``record-local``.
+
+    Raises:
+        ValueError: a share of variance below LEAST_SHARE_VARIANCE.
+    """
+    if share_variance < LEAST_SHARE_VARIANCE:
+        raise ValueError(f"a share has a variance of at least {LEAST_SHARE_VARIANCE}")
+    d = sensitivity.coordinates
+    square = shares * share_variance / sensitivity.l2_squared
+    root = Fraction(math.isqrt((square.numerator << 128) // square.denominator), 1 << 64)
+    return Charge(
+        event=SampledGaussian(
+            sampling_rate=rate_up(sampling_rate),
+            noise_multiplier=multiplier_down(root),
+            discrete=True,
+        ),
+        relation=sensitivity.relation,
+        unit=sensitivity.unit,
+        failure=sensitivity.failure,
+        distance=(coordinate_distance * shares + Fraction(tau(shares, share_variance))) * d,
+    )

@@ -17,7 +17,7 @@ Learning with Secure Aggregation", ICML 2021, Theorem 1 and algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -139,7 +139,7 @@ def encode_bounded(
     report = run(accepted.seed, sink, noise, mask_adder)
     if _squares(report) != accepted.sum_squares:
         raise CorruptStateError("the update changed while it was encoded; nothing may be sent")
-    return report
+    return replace(report, sum_squares=None)  # private, and nobody needs it any more
 
 
 def _drop(data: bytes) -> None:

@@ -26,13 +26,14 @@ from policies.privacy.events import (
     DistributedDiscreteGaussian,
     SampledGaussian,
     Skellam,
+    charge_for_sampled_sum,
     charge_for_sum,
     distributed_renyi,
     multiplier_down,
     rate_up,
     tau,
 )
-from policies.privacy.sensitivity import Relation, Unit, institution_update
+from policies.privacy.sensitivity import Relation, Unit, institution_update, record_in_sum
 from protocols.errors import PlanRefusedError
 
 ROUND = Fraction(256, 60000)
@@ -262,6 +263,48 @@ def test_each_of_the_three_bounds_is_the_least_somewhere():
     assert least == {0, 1, 2}
 
 
+def test_a_sampled_sum_costs_what_dp_sgd_does():
+    """z = 1.1 from shares of noise: the same epsilon as from one Gaussian, a little above."""
+    sensitivity = record_in_sum(Fraction(58_300), 10**6)
+    variance = sensitivity.share_variance(Fraction("1.1"), 20)
+    charge = charge_for_sampled_sum(
+        sensitivity,
+        sampling_rate=ROUND,
+        share_variance=variance,
+        shares=20,
+        coordinate_distance=Fraction(1, 2**107),
+    )
+    found = account_renyi([charge.times(14062)], delta=1e-5)
+    z = charge.event.noise_multiplier
+
+    assert charge.relation is Relation.ADD_OR_REMOVE_ONE
+    assert Fraction(z) ** 2 * sensitivity.l2_squared <= 20 * variance
+    assert z == pytest.approx(1.1, rel=1e-9)
+    assert found.epsilon == pytest.approx(2.59698, rel=1e-4)
+    # 14,062 steps fail with chance 1e-12 each: a part in 700 of delta
+    assert charge.failure * 14062 == Fraction(14062, 10**12)
+    assert (
+        found.epsilon > account_renyi([replace(charge, failure=0).times(14062)], delta=1e-5).epsilon
+    )
+
+
+def test_a_sampled_sum_pays_for_tau():
+    sensitivity = record_in_sum(Fraction(10), 100)
+
+    def distance(shares):
+        charge = charge_for_sampled_sum(
+            sensitivity,
+            sampling_rate=ROUND,
+            share_variance=Fraction(16),
+            shares=shares,
+            coordinate_distance=Fraction(0),
+        )
+        return float(charge.distance)
+
+    assert distance(1) == 0.0  # one node's own noise is a discrete Gaussian
+    assert distance(2) == pytest.approx(100 * 10 * math.exp(-(math.pi**2) * 16), rel=1e-9)
+
+
 # -- Skellam -------------------------------------------------------------------------------------
 
 
@@ -391,6 +434,13 @@ def test_refused(rule, act):
     [
         lambda: exact_sum(variance=Fraction(15)),
         lambda: exact_sum(shares=0),
+        lambda: charge_for_sampled_sum(
+            record_in_sum(Fraction(10), 100),
+            sampling_rate=ROUND,
+            share_variance=Fraction(15),
+            shares=2,
+            coordinate_distance=Fraction(0),
+        ),
         lambda: exact_sum(l2_squared=0),
         lambda: exact_sum(l2_squared=319),  # D1 above D2 squared
         lambda: dpsgd(1, 0.0, 1),
