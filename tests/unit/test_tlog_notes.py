@@ -180,8 +180,8 @@ def test_a_second_spelling_of_a_signature_is_kept_and_is_no_good_signature():
     """A stranger's line may be spelled oddly; a configured key's may not."""
     good = signed(5)
     encoded = base64.b64encode(b"abcd" + bytes(64)).decode()
-    assert encoded.endswith("A==")
-    odd = f"\u2014 stranger {encoded[:-3]}B==\n"
+    assert encoded.endswith("A=")
+    odd = f"\u2014 stranger {encoded[:-2]}B=\n"
     whole = good.to_bytes() + odd.encode()
     note = Note.parse(whole)
     assert note.to_bytes() == whole
