@@ -137,6 +137,12 @@ def test_bad_private_keys_are_refused_and_not_repeated(text):
     assert "AYEKFALVF" not in str(refusal.value)
 
 
+def test_a_note_is_split_at_its_last_empty_line():
+    note = sign_note("one\n\ntwo\n", LOG)
+    assert Note.parse(note.to_bytes()) == note
+    assert len(open_note(Note.parse(note.to_bytes()), KeyRing.of([LOG.verifier]))) == 1
+
+
 def test_the_limits_of_a_note():
     good = signed(5)
     line = good.signatures[0]

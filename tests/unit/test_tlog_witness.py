@@ -233,6 +233,13 @@ def test_an_answer_goes_under_the_checkpoint_once():
     assert [c.key.name for c in opened.cosignatures] == [W1.name]
 
 
+def _twin(line):
+    """The same signature in another spelling: one of the unused bits is set."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    body = line.rstrip("=\n")
+    return body[:-1] + alphabet[alphabet.index(body[-1]) + 1] + line[len(body) :]
+
+
 def test_answers_that_are_refused():
     note, other = signed(5, "w1", "w2"), signed(6, "w1")
     good, stranger = note.signatures[1], note.signatures[2]
@@ -246,6 +253,8 @@ def test_answers_that_are_refused():
         with pytest.raises(BadSignatureError):
             parse_answer(bad.to_text().encode(), text=note.text, ring=RING, now=NOW)
     text = good.to_text()
+    with pytest.raises(BadSignatureError, match="canonical"):
+        parse_answer(_twin(text).encode(), text=note.text, ring=RING, now=NOW)
     for body in ("", "\n", text[:-1], "\n" + text, text + "\n", text * 65, "200 OK\n"):
         with pytest.raises(MalformedMessageError):
             parse_answer(body.encode(), text=note.text, ring=RING, now=NOW)
