@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, assert_never
+from typing import Any, NoReturn, assert_never
 
 from node_agent import consent
 from node_agent.bulk import Announcement, fetch, upload
@@ -59,6 +59,7 @@ from protocols.errors import (
     IntegrityError,
     MalformedMessageError,
     NotFoundError,
+    NotReadyError,
     RefusedError,
     WorkerError,
     WrongPhaseError,
@@ -468,12 +469,18 @@ class Actor:
                 survivors=len(phase.survivors),
                 threads=site.config.limits.cpu_threads,
             )
+        except CorruptStateError as error:
+            await self._drop_damaged(round_, (start.snapshot.model_root,), str(error))
         except IntegrityError as error:
             code, detail = error.code, str(error)
         else:
             computed = held.snapshot.model_root
             logger.info("%s: computed model %s, sums %s", round_, computed[:12], dict(metrics))
             if computed != opened.model_root:
+                root = start.snapshot.model_root
+                if not await asyncio.to_thread(models.sound, round_.run, root):  # our own disk
+                    why = f"model {root[:12]}… is not what its digests say"
+                    await self._drop_damaged(round_, (root, computed), why)
                 code = "model_disagreement"
                 detail = f"computed {computed}, published {opened.model_root}"
         stop = code
@@ -537,6 +544,18 @@ class Actor:
         await self._tidy(action.round, current=False)
 
     # -- helpers ---------------------------------------------------------------------------------
+
+    async def _drop_damaged(self, round_: RoundId, roots: tuple[Digest, ...], why: str) -> NoReturn:
+        """Our own disk is at fault, not the coordinator: no objection, the model is fetched again.
+
+        Raises:
+            NotReadyError: always; the next turn fetches.
+        """
+        for root in roots:
+            await asyncio.to_thread(self.site.models.drop, round_.run, root)
+        detail = {"reason": why}
+        await asyncio.to_thread(self.site.journal.note, "model dropped", detail, round_=round_)
+        raise NotReadyError(f"{why}: fetching it again", retry_after_s=0.0)
 
     async def _tidy(self, round_: RoundId, *, current: bool) -> None:
         await asyncio.to_thread(tidy, self.site, round_, current=current)

@@ -292,6 +292,7 @@ class Agent:
         current, last = seen.current, seen.last_released
         record = journal.round(current.round) if current else None
         confirm = journal.confirm(last.round) if last else None
+        before = journal.round(last.round) if last and confirm is None else None
         refusal = self._lasting_refusal(seen.run)
         work, uploaded = Work(), None
         if known is not None and current is not None:
@@ -312,9 +313,11 @@ class Agent:
             record=record,
             upload=uploaded,
             confirm=confirm,
+            took_part=before is not None and before.joined,
             held=site.models.held(seen.run) if known else frozenset(),
             delivered=self._recently_delivered(),
             work=work,
+            unsent=journal.unsent_confirms(seen.run) if known else (),
             secure=self._states.known(seen.run) if known and known.plan.secagg else None,
             said=journal.stage(seen.run) if known and known.plan.secagg else None,
         )

@@ -179,9 +179,11 @@ class Situation:
     record: RoundRecord | None  # journalled about the current round
     upload: UploadRecord | None  # journalled for the current round and attempt
     confirm: ConfirmRecord | None  # journalled about the last released round
+    took_part: bool  # journalled: this node joined the last released round
     held: frozenset[Digest]  # roots of the models on disk
     delivered: frozenset[Action] = frozenset()  # acknowledged, though the view may not show it yet
     work: Work = field(default_factory=Work)
+    unsent: tuple[RoundId, ...] = ()  # rounds whose computed model was not acknowledged yet
     secure: SecureKnown | None = None  # this node's state in a secure sum of this run
     said: SecureKnown | None = None  # the furthest it came in one, by the journal
 
@@ -211,10 +213,16 @@ def decide(s: Situation) -> Decision:
             return _answer_refusal(s, s.refusal)
         return _do(FetchPlan(s.seen.run), "reading the plan")
     after, now = _after_release(s), _current(s, s.plan)
-    closing = _leftover(s)
+    closing = (*_late_confirms(s), *_leftover(s))
     if not after.actions:
         return Decision(actions=closing + now.actions, why=now.why)
     return Decision(actions=closing + after.actions + now.actions, why=f"{after.why}; {now.why}")
+
+
+def _late_confirms(s: Situation) -> tuple[Action, ...]:
+    """What was computed for earlier rounds is said, although the run has gone on since."""
+    last = s.seen.last_released
+    return tuple(SayConfirm(round_) for round_ in s.unsent if last is None or last.round != round_)
 
 
 def _leftover(s: Situation) -> tuple[Action, ...]:
@@ -253,9 +261,20 @@ def _after_release(s: Situation) -> Decision:
             return _wait("")
         verb = "objecting to" if s.confirm.objection else "confirming"
         return _do(SayConfirm(last.round), f"{verb} the model of round {last.round}")
-    if s.stopped is None and last.start.model_root in s.held:
+    if not _computes(s):
+        return _wait("")  # it had no part in that round: the published model is fetched
+    if last.start.model_root in s.held:
         return _do(ComputeNext(last.round), f"computing the model after round {last.round}")
-    return _wait("")
+    again = ObtainModel(last.round, last.start.model_root)
+    return _do(again, f"fetching again the model that round {last.round} started from")
+
+
+def _computes(s: Situation) -> bool:
+    """Whether this node computes what followed from the last released round."""
+    last = s.seen.last_released
+    if last is None or s.confirm is not None or s.stopped is not None:
+        return False
+    return s.took_part or last.start.model_root in s.held
 
 
 # -- the current round -----------------------------------------------------------------------------
@@ -326,17 +345,12 @@ def _while_open(s: Situation, current: RoundSeen, phase: Open) -> Decision:
         refused = Refusal("site.paused", "the site paused its node")
     if refused is not None:
         return _do(SayDecline(round_, refused), f"declining round {round_}: {refused}")
+    last = s.seen.last_released
+    following = last.following if last is not None else None
+    if _computes(s) and following is not None and following.model_root == root:
+        # Also when a model of that root is here already: first this node's own verdict on it.
+        return _wait(f"round {round_}: its model is being computed")
     if root not in s.held:
-        last = s.seen.last_released
-        coming = (
-            last is not None
-            and s.confirm is None
-            and last.start.model_root in s.held
-            and last.following is not None
-            and last.following.model_root == root
-        )
-        if coming:
-            return _wait(f"round {round_}: its model is being computed")
         return _do(ObtainModel(round_, root), f"round {round_}: fetching its model")
     return _do(SayJoin(round_, root), f"joining round {round_}")
 

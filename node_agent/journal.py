@@ -426,6 +426,16 @@ class Journal:
 
     # -- confirms --------------------------------------------------------------------------------
 
+    def unsent_confirms(self, run: RunId) -> tuple[RoundId, ...]:
+        """Rounds whose computed model was not acknowledged by the coordinator yet, in order."""
+        query = (
+            sa.select(_confirms.c.number)
+            .where(_confirms.c.run == run, _confirms.c.answered_at.is_(None))
+            .order_by(_confirms.c.number)
+        )
+        with self._errors(), self._engine.connect() as connection:
+            return tuple(RoundId(run, number) for number in connection.scalars(query))
+
     def confirm(self, round_: RoundId) -> ConfirmRecord | None:
         """What this node computed from a round's sum."""
         row = self._one(sa.select(_confirms).where(*_is(_confirms, round_)))

@@ -14,10 +14,9 @@ every state without the mark ``synced`` is hashed again, and dropped if it is no
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from protocols.outer_step import apply_outer_step, next_snapshot
 from protocols.plan import Plan
 from protocols.round_vector import round_layout, round_ring
 from protocols.tensors.manifest import Manifest
+from protocols.tensors.planar import PackedVector
 from protocols.tensors.scales import Scales
 from protocols.tensors.snapshot import Snapshot
 from protocols.tensors.units import UnitHasher
@@ -67,20 +67,29 @@ class HeldModel:
 
     def theta(self) -> NDArray[np.float32]:
         """Shape [D], mapped, read only."""
-        return self._array("theta.f32")
+        return self._array("theta")
 
     def buffers(self) -> dict[str, NDArray[np.float32]]:
         """Outer buffers by name, each shape [D], mapped, read only."""
-        return {name: self._array(f"{name}.f32") for name in self.snapshot.buffers}
+        return {name: self._array(name) for name in self.snapshot.buffers}
 
     def scales(self) -> Scales:
         """Scales of the round that starts from this model."""
         return Scales.from_bytes((self.folder / "scales.bin").read_bytes(), self.manifest)
 
-    def _array(self, name: str) -> NDArray[np.float32]:
-        path = self.folder / name
-        if path.stat().st_size != 4 * self.manifest.coordinates:
+    def checked(self, name: str) -> Path:
+        """The file of ``theta`` or of a buffer, of the size that it must have.
+
+        Raises:
+            CorruptStateError: it has another one.
+        """
+        path = self.folder / f"{name}.f32"
+        if not path.exists() or path.stat().st_size != 4 * self.manifest.coordinates:
             raise CorruptStateError(f"{path} does not have {self.manifest.coordinates} float32")
+        return path
+
+    def _array(self, name: str) -> NDArray[np.float32]:
+        path = self.checked(name)
         return np.memmap(path, dtype="<f4", mode="r", shape=(self.manifest.coordinates,))
 
 
@@ -99,6 +108,20 @@ def _digest_of_file(path: Path) -> Digest | None:
     except FileNotFoundError:
         return None
     return hasher.digest()
+
+
+def _reader(stack: ExitStack, path: Path) -> Callable[[int, int], bytes]:
+    """``read(offset, length)`` of a file that stays open as long as ``stack``."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, descriptor)
+
+    def read(offset: int, length: int) -> bytes:
+        data = os.pread(descriptor, length, offset)
+        if len(data) != length:
+            raise CorruptStateError(f"{path} ends before byte {offset + length}")
+        return data
+
+    return read
 
 
 class Models:
@@ -166,6 +189,14 @@ class Models:
                         shutil.rmtree(folder)
                         dropped.append(f"model {folder.name[:12]}… of {run.name} was torn")
         return dropped
+
+    def sound(self, run: RunId, root: Digest) -> bool:
+        """Whether a model's files are what their digests say. Blocking: every byte is read."""
+        return self._sound(self.folder(run) / root)
+
+    def drop(self, run: RunId, root: Digest) -> None:
+        """Delete one model. Blocking."""
+        shutil.rmtree(self.folder(run) / root, ignore_errors=True)
 
     def _sound(self, folder: Path) -> bool:
         try:
@@ -346,18 +377,20 @@ class Models:
 
         try:
             with ExitStack() as stack:
-                packed = stack.enter_context(sum_path.open("rb"))
-                view = mmap.mmap(packed.fileno(), 0, access=mmap.ACCESS_READ)
+                # Read, not mapped: the pages of a mapped file would count as this process's memory.
+                packed = PackedVector(_reader(stack, sum_path), layout.coordinates, ring)
                 result = apply_outer_step(
                     outer=plan.outer,
                     scale_rule=plan.vector.scale,
                     layout=layout,
                     manifest=manifest,
                     snapshot_counters=start.snapshot.counters,
-                    theta=start.theta(),
-                    buffers=start.buffers(),
+                    theta=_reader(stack, start.checked("theta")),
+                    buffers={
+                        name: _reader(stack, start.checked(name)) for name in start.snapshot.buffers
+                    },
                     scales=start.scales(),
-                    sum_reader=memoryview(view),
+                    sum_reader=packed,
                     ring=ring,
                     nodes=survivors,
                     roster=len(plan.roster),

@@ -164,7 +164,9 @@ def test_a_refusal_is_not_retried(tmp_path, vector, method, error):
 
     caught, server = run(work())
     assert (caught.code, str(caught)) == (error.code, str(error))
-    assert server.faults.fired == 1
+    # A stream that is refused while it is written loses the reason: an empty one asks for it.
+    assert server.faults.fired in ({1, 2} if method == "Append" else {1})
+    assert server.received == 0 or method == "FinishUpload"
 
 
 def test_a_server_that_forgot_its_offset_is_asked_again(tmp_path, vector):

@@ -213,21 +213,20 @@ def test_a_paused_node_declines_and_says_why(bench):
 
 
 def test_another_model_is_objected_to_and_ends_the_part_in_the_run(bench):
-    """One weight of the model this node holds is not the coordinator's."""
+    """This node's outer step halves the learning rate, or the coordinator's doubles it."""
     run = bench.federation.submit("disagree", rounds=2)
 
-    def damage(agent: Agent) -> None:
+    def another(agent: Agent) -> None:
         models = agent.site.models
         compute = models.compute_next
 
-        def damaged(**named):
-            with named["start"].theta_path.open("r+b") as file:
-                file.write(np.float32(0.5).tobytes())
-            return compute(**named)
+        def computed(*, plan, **named):
+            outer = plan.outer.model_copy(update={"lr": 0.5})
+            return compute(plan=plan.model_copy(update={"outer": outer}), **named)
 
-        models.compute_next = damaged
+        models.compute_next = computed
 
-    report = bench.until(run, ended, before=damage)
+    report = bench.until(run, ended, before=another)
 
     assert report.status == "failed"  # nobody else is on the roster
     first = report.released[0]
@@ -240,6 +239,34 @@ def test_another_model_is_objected_to_and_ends_the_part_in_the_run(bench):
     assert "model_disagreement" in shown["stopped"]
     evidence = [p.name for p in bench.folder.run_models(run).iterdir()]
     assert any(name.startswith(".sum-") for name in evidence)  # kept for whoever looks into it
+
+
+def test_a_damaged_disk_is_not_the_coordinators_fault(bench):
+    """One weight of the model on this node's disk changes: it is fetched again, and confirmed."""
+    run = bench.federation.submit("damaged", rounds=2)
+    damaged = []
+
+    def damage(agent: Agent) -> None:
+        models = agent.site.models
+        compute = models.compute_next
+
+        def computed(**named):
+            if not damaged:
+                damaged.append(named["start"].snapshot.model_root)
+                with named["start"].theta_path.open("r+b") as file:
+                    file.write(np.float32(0.5).tobytes())
+            return compute(**named)
+
+        models.compute_next = computed
+
+    report = bench.until(run, confirmed, before=damage)
+
+    assert len(damaged) == 1
+    assert report.status == "done"
+    assert [line.confirmed for round_ in report.released for line in round_.traffic] == [
+        round_.model_out for round_ in report.released
+    ]
+    assert ("model dropped", "") in bench.said(run)
 
 
 def test_heartbeats_show_the_training(bench):

@@ -103,6 +103,7 @@ def situation(seen: RunSeen, **changes: Any) -> Situation:
         "record": None,
         "upload": None,
         "confirm": None,
+        "took_part": False,
         "held": frozenset({FIRST.model_root}),
     }
     return Situation(**values | changes)

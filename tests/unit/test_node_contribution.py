@@ -20,8 +20,8 @@ from node_agent.models import Models
 from node_agent.spool import Result, atomic_write
 from protocols.crypto.signatures import public_bytes
 from protocols.errors import (
+    CorruptStateError,
     IntegrityError,
-    MalformedMessageError,
     ManifestMismatchError,
     NonFiniteUpdateError,
     NotFoundError,
@@ -299,7 +299,7 @@ def test_a_sum_of_another_size_is_refused(tmp_path, held):
     models, plan, start = held
     _, data = make(tmp_path, plan, work(np.zeros(D, np.float32)))
 
-    with pytest.raises(MalformedMessageError):
+    with pytest.raises(CorruptStateError, match="ends before byte"):
         compute(models, plan, start, data[:-1])
 
 

@@ -411,6 +411,26 @@ TABLE = [
         None,
     ),
     (
+        "the model of a round it took part in was lost: fetch it again, and compute",
+        after(OPEN, held=frozenset(), took_part=True),
+        [ObtainModel(ROUND, FIRST.model_root)],
+        (
+            "fetching again the model that round r1/0 started from;"
+            " round r1/1: its model is being computed"
+        ),
+    ),
+    (
+        "lost after it was computed: fetch what follows",
+        after(
+            OPEN,
+            held=frozenset(),
+            took_part=True,
+            confirm=confirmed(computed=SECOND.model_root, answered=True),
+        ),
+        [ObtainModel(RoundId(RUN, 1), SECOND.model_root)],
+        None,
+    ),
+    (
         "the coordinator shows another model than the round's own result: fetched, not waited for",
         situation(
             run_seen(
