@@ -139,6 +139,7 @@ class LocalLauncher:
     backoff: Backoff = field(default_factory=lambda: Backoff(first_s=1.0, cap_s=60.0))
     monotonic: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time  # unix seconds, to compare with the files
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _child: subprocess.Popen[bytes] | None = None
     _process: Process | None = None
     _members: tuple[Process, ...] = ()  # the child's family when it was last counted
@@ -240,7 +241,11 @@ class LocalLauncher:
         return f"ended a worker that was left behind (process {left.pid})" if left else None
 
     async def tick(self) -> None:
-        """Look at the child and take one step."""
+        """Look at the child and take one step; one caller at a time, or two would be started."""
+        async with self._turn:
+            await self._tick()
+
+    async def _tick(self) -> None:
         if self._child is None:
             if self._needed() and self.monotonic() >= self._not_before:
                 await asyncio.to_thread(self._start)

@@ -139,6 +139,20 @@ def test_an_idle_worker_is_not_started(tmp_path):
     assert bench.launcher.state == "asleep"
 
 
+def test_two_callers_start_one_worker(tmp_path):
+    """The reconcile loop and the action that hands in a job may look at the same time."""
+    bench = Bench(tmp_path, "slow")
+
+    async def together():
+        bench.launcher.submit(bench.job)
+        await asyncio.gather(*(bench.launcher.tick() for _ in range(5)))
+        await asyncio.sleep(1.0)  # time for a second one to show itself
+        await bench.launcher.close()
+
+    asyncio.run(together())
+    assert len(bench.starts()) == 1
+
+
 def test_a_dead_worker_is_started_again_and_the_job_goes_on(tmp_path):
     bench = Bench(tmp_path, "die", "die", "well")
 

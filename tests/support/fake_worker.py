@@ -57,15 +57,18 @@ def next_behaviour(spool: Spool) -> str:
 
 
 def waiting(spool: Spool) -> Job | None:
-    """The oldest job without an answer."""
-    for path in sorted(spool.jobs.glob("*.json"), key=lambda p: p.stat().st_mtime_ns):
+    """The oldest job without an answer; the agent may withdraw one while we look."""
+    found = []
+    for path in spool.jobs.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(found):
         name = path.name.removesuffix(".json")
         with contextlib.suppress(FileNotFoundError, ValueError):
             last = last_status(spool, name)
-            if last is not None and last.event in ("failed", "cancelled"):
-                continue
-        if not spool.result(name).exists():
-            return read_job(path)
+            final = last is not None and last.event in ("failed", "cancelled")
+            if not final and not spool.result(name).exists():
+                return read_job(path)
     return None
 
 
