@@ -101,6 +101,9 @@ class Agent:
     _offset: timedelta | None = None
     _trouble: str = "not connected yet"
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _nudge: asyncio.Event = field(default_factory=asyncio.Event)
+    _reported: tuple[bool, bool] = (False, False)  # busy, paused: as the last poll said
+    _busy_since: float | None = None  # monotonic seconds
     _tasks: dict[Action, asyncio.Task[None]] = field(default_factory=dict)
     _failed: dict[Action, _Failed] = field(default_factory=dict)
     _delivered: dict[Action, float] = field(default_factory=dict)  # monotonic seconds
@@ -183,21 +186,21 @@ class Agent:
         failures = 0
         while True:
             seen = self._view.version if self._view else 0
-            progress = self._progress()
+            progress, paused = self._progress(), self._paused()
             wait_ms = BUSY_WAIT_MS if progress else IDLE_WAIT_MS
+            self._reported = (bool(progress), paused)
+            self._nudge.clear()
             request = rounds_pb2.SyncRequest(
                 seen=seen,
                 wait_ms=wait_ms,
                 progress=progress,
                 agent_version=agent_version(),
-                state="paused" if self._paused() else "running",
+                state="paused" if paused else "running",
             )
-            connection = self.site.connection
             try:
-                answer = await connection.call(
-                    connection.rounds.Sync, request, timeout_s=wait_ms / 1000 + 15.0
-                )
-                self._take(read_view(answer))
+                view = await self._poll(request)
+                if view is not None:
+                    self._take(view)
                 failures = 0
             except FederationError as error:
                 if failures == 0:
@@ -208,6 +211,33 @@ class Agent:
                 failures += 1
                 self._wake.set()
                 await asyncio.sleep(min(delay, 2.0) if isinstance(error, NotReadyError) else delay)
+
+    async def _poll(self, request: rounds_pb2.SyncRequest) -> View | None:
+        """One Sync; None when there is something to report before it was answered."""
+        connection = self.site.connection
+        timeout_s = request.wait_ms / 1000 + 15.0
+        call = asyncio.ensure_future(
+            connection.call(connection.rounds.Sync, request, timeout_s=timeout_s)
+        )
+        nudge = asyncio.ensure_future(self._nudge.wait())
+        try:
+            await asyncio.wait({call, nudge}, return_when=asyncio.FIRST_COMPLETED)
+            return read_view(call.result()) if call.done() else None
+        finally:
+            nudge.cancel()
+            call.cancel()
+
+    def _nudge_sync(self) -> None:
+        """Do not let a long poll hide that work has begun or that the node was paused.
+
+        Work that is over within a second is not worth a message.
+        """
+        now, busy = self.site.monotonic(), bool(self._progress())
+        self._busy_since = (self._busy_since or now) if busy else None
+        lasts = self._busy_since is not None and now - self._busy_since >= 1.0
+        reported_busy, reported_paused = self._reported
+        if (lasts and not reported_busy) or self._paused() != reported_paused:
+            self._nudge.set()
 
     def _take(self, view: View) -> None:
         self._view = view
@@ -258,6 +288,7 @@ class Agent:
                 self._reconcile(seen)
             self._forget()
             self._show()
+            self._nudge_sync()
             # Not wait_for: it forgets a cancellation that comes together with the wake-up.
             with suppress(TimeoutError):
                 async with asyncio.timeout(TRAINING_TURN_S if training else TURN_S):
