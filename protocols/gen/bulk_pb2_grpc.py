@@ -31,7 +31,7 @@ class BulkStub:
 
     /minga.v1.Bulk/Append  stream of raw messages (at most 1 MiB each) -> 8 bytes, the durable
     offset (big-endian). Metadata: minga-upload-bin (id), minga-offset.
-    /minga.v1.Bulk/Put     like Append, for blobs of an operator: metadata minga-digest.
+    /minga.v1.Bulk/Put     like Append, for blobs of an operator: metadata minga-digest-bin.
     /minga.v1.Bulk/Fetch   40 raw bytes (digest, offset u64 big-endian) -> stream of raw messages.
 
     A resume unit is 4 MiB: it is checked against its hash and made durable before it is acknowledged.
@@ -71,7 +71,7 @@ class BulkServicer:
 
     /minga.v1.Bulk/Append  stream of raw messages (at most 1 MiB each) -> 8 bytes, the durable
     offset (big-endian). Metadata: minga-upload-bin (id), minga-offset.
-    /minga.v1.Bulk/Put     like Append, for blobs of an operator: metadata minga-digest.
+    /minga.v1.Bulk/Put     like Append, for blobs of an operator: metadata minga-digest-bin.
     /minga.v1.Bulk/Fetch   40 raw bytes (digest, offset u64 big-endian) -> stream of raw messages.
 
     A resume unit is 4 MiB: it is checked against its hash and made durable before it is acknowledged.
@@ -141,7 +141,7 @@ class Bulk:
 
     /minga.v1.Bulk/Append  stream of raw messages (at most 1 MiB each) -> 8 bytes, the durable
     offset (big-endian). Metadata: minga-upload-bin (id), minga-offset.
-    /minga.v1.Bulk/Put     like Append, for blobs of an operator: metadata minga-digest.
+    /minga.v1.Bulk/Put     like Append, for blobs of an operator: metadata minga-digest-bin.
     /minga.v1.Bulk/Fetch   40 raw bytes (digest, offset u64 big-endian) -> stream of raw messages.
 
     A resume unit is 4 MiB: it is checked against its hash and made durable before it is acknowledged.
