@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, NewType
 
@@ -91,6 +92,7 @@ class BrokenChainError(IntegrityError):
     code = "leaf_chain"
 
 
+@lru_cache(maxsize=1024)  # an auditor asks for each of many leaves
 def key_id_of(public_key: bytes) -> KeyId:
     """The keyid of an Ed25519 public key of 32 raw bytes.
 
@@ -136,8 +138,9 @@ class Statement:
     seen: Seen
     time: datetime  # UTC, whole seconds; a claim
     fields: Mapping[str, Any]
+    source: InitVar[bytes] = b""  # the canonical bytes that it was read from, where it was read
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, source: bytes) -> None:
         if self.kind not in KINDS:
             raise MalformedMessageError(f"no leaf is of the kind {self.kind!r:.80}")
         if not 1 <= len(self.subject) <= _MAX_NAME or not self.subject.isprintable():
@@ -154,8 +157,9 @@ class Statement:
             raise MalformedMessageError("the time of a leaf is whole seconds in UTC, from 2000 on")
         if _COMMON & self.fields.keys():
             raise MalformedMessageError("a field of the kind is named like a common one")
-        address = _EMAIL.search(canonical_bytes(dict(self.fields)).decode() + " " + self.subject)
-        if address is not None:  # not repeated in the message: it goes to diagnostics
+        text = source or canonical_bytes(dict(self.fields)) + b" " + self.subject.encode()
+        if b"@" in text and _EMAIL.search(text.decode()) is not None:
+            # The address is not repeated in the message: it goes to diagnostics.
             raise MalformedMessageError("the leaf holds what looks like an e-mail address")
         object.__setattr__(self, "fields", MappingProxyType(dict(self.fields)))
 
@@ -213,6 +217,7 @@ class Statement:
             ),
             time=_time(predicate["time"]),
             fields={key: value for key, value in predicate.items() if key not in _COMMON},
+            source=data,
         )
 
 
@@ -246,7 +251,7 @@ def _time(value: Any) -> datetime:
     if _TIME.fullmatch(text) is None:
         raise MalformedMessageError("time must be written like 2026-12-01T02:00:00Z")
     try:
-        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        return datetime.fromisoformat(text).replace(tzinfo=UTC)
     except ValueError:
         raise MalformedMessageError(f"there is no time {text}") from None
 

@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -317,12 +318,15 @@ class GoodSignature:
     time: int | None  # Unix seconds; None for type 0x01, which does not tell
 
 
+_ed25519 = lru_cache(maxsize=1024)(Ed25519PublicKey.from_public_bytes)
+
+
 def check_ed25519(public_key: bytes, message: bytes, signature: bytes, who: str) -> None:
     """Raises: BadSignatureError."""
     if len(signature) != SIGNATURE_BYTES:
         raise BadSignatureError(f"the signature of {who} does not have {SIGNATURE_BYTES} bytes")
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
+        _ed25519(public_key).verify(signature, message)
     except InvalidSignature:
         raise BadSignatureError(f"the signature of {who} does not verify") from None
 
