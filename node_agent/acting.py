@@ -41,7 +41,7 @@ from node_agent.decide import (
     Withdraw,
 )
 from node_agent.housekeeping import tidy
-from node_agent.launchers.local import LocalLauncher
+from node_agent.launchers.jobs import Launcher
 from node_agent.plan_check import check_plan
 from node_agent.records import ConfirmRecord, RoundRecord, UploadRecord
 from node_agent.rules import Refusal
@@ -202,6 +202,9 @@ class Actor:
         )
         await self.site.connection.ask(lambda c: c.rounds.Join, request)
         logger.info("joined %s", action.round)
+        launcher = self._launcher(self._plan(action.round))
+        if launcher is not None:
+            launcher.expect()
         await self._tidy(action.round, current=True)
 
     async def _decline(self, round_: RoundId, refusal: Refusal) -> None:
@@ -234,7 +237,7 @@ class Actor:
 
     # -- the local step --------------------------------------------------------------------------
 
-    def _launcher(self, plan: Plan) -> LocalLauncher | None:
+    def _launcher(self, plan: Plan) -> Launcher | None:
         """Who carries out the local step; None: the agent itself."""
         return self.site.launchers.get(plan.local_step.kind)
 

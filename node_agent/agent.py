@@ -70,6 +70,7 @@ TRAINING_TURN_S: Final = 0.25  # while a worker is at it
 FACTS_S: Final = 10.0  # how long a look at the site's disk is good for
 REFUSED_S: Final = 30.0  # how long a refusal found while acting holds
 DELIVERED_S: Final = 60.0  # then a statement that is still not shown is sent once more
+_ACTIVITY: Final = 64  # characters of an activity that the coordinator takes
 _MAX_REPORTS: Final = 16  # as many as the coordinator takes with one poll
 BUG_S: Final = 30.0  # before an action that failed in an unknown way is tried again
 
@@ -263,7 +264,7 @@ class Agent:
                     round_,
                     rounds_pb2.Progress(
                         round=round_ref(round_),
-                        activity="training",
+                        activity=job.waiting[:_ACTIVITY] or "training",
                         step=job.step,
                         max_step=job.max_steps,
                         tokens=job.tokens,
@@ -329,8 +330,11 @@ class Agent:
         if known is not None and current is not None:
             if record is None and refusal is None and current.raw_phase.name == "Open":
                 refusal = self._consent(known.plan, seen)
+                launcher = site.launchers.get(known.plan.local_step.kind)
                 if refusal is None:
                     refusal = check_round(known.plan, seen, confirm)
+                if refusal is None and launcher is not None:
+                    refusal = launcher.refusal(known.plan)
             if record is not None and record.joined:
                 work = self._work(current.round, known.plan)
                 uploaded = self._uploaded(current, record)

@@ -163,6 +163,7 @@ class Work:
     step: int = 0
     max_steps: int = 0  # 0: unknown
     tokens: int = 0
+    waiting: str = ""  # of "running": for what it waits before it can begin, in a few words
     refusal: Refusal | None = None  # of "failed": code and sentence
 
 
@@ -392,6 +393,8 @@ def _at_work(s: Situation, round_: RoundId) -> Decision:
         case "none":
             return _do(Train(round_), f"round {round_}: starting the local step")
         case "running":
+            if s.work.waiting:
+                return _wait(f"round {round_}: {s.work.waiting}")
             of = f" of {s.work.max_steps}" if s.work.max_steps else ""
             return _wait(f"round {round_}: training, step {s.work.step}{of}")
         case "finished":

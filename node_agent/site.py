@@ -15,6 +15,7 @@ from node_agent.client import Connection
 from node_agent.config import NodeConfig, NodeFolder
 from node_agent.journal import Journal
 from node_agent.keys import KeyStore
+from node_agent.launchers.jobs import Launcher
 from node_agent.launchers.local import (
     LocalLauncher,
     flower_command,
@@ -42,7 +43,7 @@ class Site:
     journal: Journal
     models: Models
     connection: Connection
-    launchers: Mapping[str, LocalLauncher]  # by kind of local step
+    launchers: Mapping[str, Launcher]  # by kind of local step
     rng: Random  # jitter only
     now: Callable[[], datetime]  # UTC
     monotonic: Callable[[], float]  # seconds
@@ -54,9 +55,7 @@ class Site:
         return self.config.institution
 
 
-def make_launchers(
-    folder: NodeFolder, config: NodeConfig, *, rng: Random
-) -> dict[str, LocalLauncher]:
+def make_launchers(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> dict[str, Launcher]:
     """The workers of a site: one for training, one for Flower client apps."""
     environment = worker_environment(config.worker, os.environ)
     common = {

@@ -27,11 +27,9 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
-from pydantic import ValidationError
-
 from node_agent.client import Backoff
 from node_agent.config import FlowerConfig, WorkerConfig
-from node_agent.decide import Work
+from node_agent.launchers.jobs import Launcher
 from node_agent.launchers.processes import (
     end_family,
     family,
@@ -39,24 +37,10 @@ from node_agent.launchers.processes import (
     remembered,
 )
 from node_agent.resident import Process
-from node_agent.rules import Refusal
-from node_agent.spool import (
-    Job,
-    Result,
-    Spool,
-    alive_age,
-    forget_job,
-    last_status,
-    read_worker,
-    request_cancel,
-    write_job,
-)
-from protocols.canonical import parse_json
+from node_agent.spool import Spool, alive_age, read_worker
 from protocols.errors import MalformedMessageError, WorkerError
-from protocols.identifiers import RoundId
 
 logger = logging.getLogger(__name__)
-GIVE_UP: Final = 3  # losses of the worker under one job
 _LOG_TAIL: Final = 400  # bytes of the worker's log that a sentence may quote
 _CENSUS_S: Final = 5.0  # between two counts of the child's family
 _LOG_LIMIT: Final = 16 * 2**20  # bytes; then the log is put aside
@@ -127,10 +111,9 @@ def verdict(health: Health, *, start_within_s: float, hangs_after_s: float) -> s
 
 
 @dataclass(slots=True, kw_only=True)
-class LocalLauncher:
+class LocalLauncher(Launcher):
     """One resident child and its spool."""
 
-    spool: Spool
     command: Callable[[], list[str]]
     environment: Mapping[str, str] = field(repr=False)
     start_within_s: float
@@ -147,73 +130,6 @@ class LocalLauncher:
     _started: float = 0.0
     _failures: int = 0
     _not_before: float = 0.0
-    _wanted: dict[str, Job] = field(default_factory=dict)
-    _lost_under: dict[str, int] = field(default_factory=dict)
-    _last_reason: str = ""
-
-    # -- jobs ------------------------------------------------------------------------------------
-
-    def submit(self, job: Job) -> None:
-        """Ask for a job; asking again for the same work keeps what is done. Blocking, short."""
-        write_job(self.spool, job)
-        self._wanted[job.id] = job
-
-    def cancel(self, name: str) -> None:
-        """Withdraw a job."""
-        self._wanted.pop(name, None)
-        if self.spool.job(name).exists():
-            request_cancel(self.spool, name)
-
-    def forget(self, name: str) -> None:
-        """Remove a job and what it produced. Blocking."""
-        self._wanted.pop(name, None)
-        self._lost_under.pop(name, None)
-        forget_job(self.spool, name)
-
-    def work(self, name: str) -> Work:
-        """How far a job is. Whatever the worker wrote, the answer is one clear state."""
-        if self.spool.result(name).exists():
-            return Work(state="finished")
-        if name not in self._wanted:  # also after a restart of the agent: it is asked for again
-            return Work(state="none")
-        lost = self._lost_under.get(name, 0)
-        if lost >= GIVE_UP:
-            sentence = f"the worker was lost {lost} times under this job: {self._last_reason}"
-            return Work(state="failed", refusal=Refusal("worker.lost", sentence))
-        try:
-            last = last_status(self.spool, name)
-        except MalformedMessageError as error:
-            broken = Refusal("worker.garbage", f"the worker's status cannot be read: {error}")
-            return Work(state="failed", refusal=broken)
-        if last is None:
-            return Work(state="running")
-        if last.event == "failed":
-            code = last.code or "worker.failed"
-            return Work(state="failed", refusal=Refusal(code, last.message or "no reason given"))
-        if last.event == "cancelled":
-            return Work(state="failed", refusal=Refusal("worker.cancelled", "it was withdrawn"))
-        return Work(
-            state="running",
-            step=last.step or 0,
-            max_steps=last.max_steps or 0,
-            tokens=last.tokens or 0,
-        )
-
-    def under_way(self) -> list[tuple[RoundId, Work]]:
-        """The jobs that are being worked on or wait for the worker."""
-        found = [(job.round_id, self.work(name)) for name, job in list(self._wanted.items())]
-        return [(round_, work) for round_, work in found if work.state == "running"]
-
-    def result(self, name: str) -> Result:
-        """The result of a job that was checked before; its bytes are not hashed again.
-
-        Raises:
-            WorkerError: it is gone or cannot be read.
-        """
-        try:
-            return Result.model_validate(parse_json(self.spool.result(name).read_bytes()))
-        except (OSError, MalformedMessageError, ValidationError):
-            raise WorkerError(f"the result of {name} is gone or cannot be read") from None
 
     @property
     def state(self) -> str:
@@ -343,9 +259,7 @@ class LocalLauncher:
         tail = self._tail()
         self._last_reason = f"{why}{': ' + tail if tail else ''}"
         self._failures += 1
-        for name in self._wanted:
-            if self.work(name).state == "running":
-                self._lost_under[name] = self._lost_under.get(name, 0) + 1
+        self.note_loss()
         self._not_before = self.monotonic() + self.backoff.delay(self._failures - 1, self.rng)
         logger.warning("%s", self._last_reason)
 

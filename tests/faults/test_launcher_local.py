@@ -20,8 +20,8 @@ import pytest
 from node_agent.client import Backoff
 from node_agent.config import FlowerConfig, WorkerConfig
 from node_agent.decide import Work
+from node_agent.launchers.jobs import GIVE_UP
 from node_agent.launchers.local import (
-    GIVE_UP,
     Health,
     LocalLauncher,
     check_started,

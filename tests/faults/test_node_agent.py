@@ -26,7 +26,8 @@ from node_agent.client import Backoff
 from node_agent.config import NodeFolder, load_config
 from node_agent.journal import Journal
 from node_agent.keys import KeyStore
-from node_agent.launchers.local import GIVE_UP, LocalLauncher
+from node_agent.launchers.jobs import GIVE_UP
+from node_agent.launchers.local import LocalLauncher
 from node_agent.lock import FolderLock
 from node_agent.site import open_site
 from node_agent.spool import Spool
