@@ -52,6 +52,7 @@ class Context(StrEnum):
     COMMIT = "minga/secagg/commit/v1"
     ABORT = "minga/secagg/abort/v1"
     REVEAL = "minga/secagg/reveal/v1"
+    RUN_REQUEST = "minga/run-request/v1"
 
 
 class BadSignatureError(IntegrityError):

@@ -1,0 +1,1 @@
+"""What an auditor checks, as pure functions over leaves, blobs and signed documents."""

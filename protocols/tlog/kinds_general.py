@@ -1,0 +1,261 @@
+"""Leaves about the log itself, members, certificates, code, data, releases."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from protocols.identifiers import parse_federation_id
+from protocols.tlog.fields import (
+    MAX_INT,
+    Base64,
+    Code,
+    Count,
+    DigestText,
+    KeyText,
+    Micro,
+    Name,
+    NodeName,
+    Origin,
+    Part,
+    Predicate,
+    Role,
+    SpiffeUri,
+    TimeText,
+    Vkey,
+)
+
+# -- the log itself ----------------------------------------------------------------------------
+
+
+class Previous(Part):
+    """The shard before this one: its last checkpoint."""
+
+    origin: Origin
+    vkey: Vkey
+    size: Count
+    root: DigestText
+
+
+class Genesis(Predicate):
+    """Leaf 0: the keys from which everything before the signed membership is judged."""
+
+    KIND = "log.genesis"
+    federation: Annotated[str, AfterValidator(parse_federation_id)]
+    origin: Origin
+    log_vkey: Vkey
+    coordinator_key: KeyText  # signs the coordinator's leaves, this one too
+    operator_keys: Annotated[dict[NodeName, KeyText], Field(max_length=64)]  # sign requests of runs
+    witnesses: Annotated[tuple[Vkey, ...], Field(max_length=64)] = ()  # beside those of nodes
+    ca_sha256: DigestText  # of the root certificate, DER
+    tuf_root_sha256: DigestText | None = None  # of root.json version 1; None: no TUF yet
+    previous: Previous | None = None
+
+
+class LogClosed(Predicate):
+    """The last leaf of a shard."""
+
+    KIND = "log.closed"
+    next_origin: Origin | None
+    next_vkey: Vkey | None
+    reason: Code
+
+
+class Heartbeat(Predicate):
+    """Nothing happened for a while; the log is alive."""
+
+    KIND = "log.heartbeat"
+    interval_s: Annotated[int, Field(ge=1, le=86_400)]
+
+
+# -- policy, membership, certificates ------------------------------------------------------------
+
+
+class TufPublished(Predicate):
+    """A metadata file of the TUF repository is public. Its bytes are a blob of that digest."""
+
+    KIND = "tuf.published"
+    role: Name
+    version: Annotated[int, Field(ge=1, le=MAX_INT)]
+    sha256: DigestText
+    length: Count
+
+
+class PolicyProposed(Predicate):
+    """Candidate metadata that admins are asked to sign."""
+
+    KIND = "policy.proposed"
+    SIGNERS = frozenset({Role.COORDINATOR, Role.ADMIN})
+    role: Name
+    version: Annotated[int, Field(ge=1, le=MAX_INT)]
+    sha256: DigestText
+    change: Code
+    expires: TimeText
+
+
+class Ballot(Predicate):
+    """An admin's vote, so that dissent is on record; the TUF signatures are the decision."""
+
+    KIND = "ballot"
+    SIGNERS = frozenset({Role.ADMIN})
+    proposal_sha256: DigestText
+    choice: Literal["yes", "no", "abstain"]
+    code: Code | None = None
+
+
+class MemberStatement(Predicate):
+    """A member's reply or declaration; its text is a blob."""
+
+    KIND = "member.statement"
+    SIGNERS = frozenset({Role.INSTITUTION, Role.NODE})
+    institution: NodeName
+    topic: Code
+    statement_sha256: DigestText
+
+
+class EnrolRequest(Predicate):
+    """What a node asks to be certified. Signed by the institution, or, before there is a signed
+    membership, by the very key it names: that shows possession, and the certificate the name."""
+
+    KIND = "enrol.request"
+    SIGNERS = frozenset({Role.INSTITUTION, Role.NODE})
+    institution: NodeName
+    node: NodeName
+    signing_key: KeyText
+    witness_vkey: Vkey | None = None  # None: the node is no witness
+    csr_sha256: DigestText
+    spki_sha256: DigestText  # of the TLS key
+
+
+class CertIssued(Predicate):
+    """The authority certified a key. Without a request known to the member it is an alarm."""
+
+    KIND = "cert.issued"
+    certificate_sha256: DigestText  # DER
+    spki_sha256: DigestText
+    uri: SpiffeUri
+    not_after: TimeText
+    request: DigestText | None = None  # leaf hash of the enrol.request; None: not for a node
+
+
+class CodeApproved(Predicate):
+    """Code that rounds may run."""
+
+    KIND = "code.approved"
+    SIGNERS = frozenset({Role.ADMIN})
+    image: DigestText | None = None
+    source_commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40,64}$")]
+    provenance_sha256: DigestText | None = None
+    expires: TimeText
+
+
+class DatasetDeclared(Predicate):
+    """A declaration of a data set; names are scoped to the institution."""
+
+    KIND = "dataset.declared"
+    SIGNERS = frozenset({Role.INSTITUTION, Role.NODE})
+    institution: NodeName
+    dataset: Name
+    declaration_sha256: DigestText
+    licence: Name
+    jurisdiction: Annotated[str, Field(pattern=r"^[A-Z]{2}$")]
+
+
+class Approval(Part):
+    """One signature under an act that needs several."""
+
+    key: DigestText  # key id
+    signature: Base64
+
+
+class OverrideGranted(Predicate):
+    """A rule of the consortium is set aside for one plan."""
+
+    KIND = "override.granted"
+    plan_sha256: DigestText
+    rule: Code
+    code: Code
+    expires: TimeText
+    approvals: Annotated[tuple[Approval, ...], Field(max_length=64)]
+
+
+class EmergencyNotice(Predicate):
+    """A deny-only document is in force at once."""
+
+    KIND = "emergency.notice"
+    SIGNERS = frozenset({Role.COORDINATOR, Role.ADMIN})
+    document_sha256: DigestText
+    code: Code
+    expires: TimeText
+
+
+class ObjectionResolved(Predicate):
+    """What became of an objection."""
+
+    KIND = "objection.resolved"
+    SIGNERS = frozenset({Role.ADMIN, Role.COORDINATOR})
+    objection: DigestText  # leaf hash
+    outcome: Literal["upheld", "dismissed"]
+    code: Code
+    evidence_sha256: DigestText | None = None
+
+
+class GateResult(Part):
+    """One gate of an evaluation."""
+
+    gate: Code
+    value_micro: Micro
+    passed: bool
+
+
+class EvalReport(Predicate):
+    """An evaluation of a model by somebody independent."""
+
+    KIND = "eval.report"
+    SIGNERS = frozenset({Role.NODE, Role.INSTITUTION, Role.AUDITOR})
+    model: DigestText
+    evaluator: Name
+    gates: Annotated[tuple[GateResult, ...], Field(max_length=64)]
+    report_sha256: DigestText
+
+
+class ReleaseApproved(Predicate):
+    """A model may be given out."""
+
+    KIND = "release.approved"
+    SIGNERS = frozenset({Role.ADMIN, Role.COORDINATOR})
+    model: DigestText
+    card_sha256: DigestText
+    reports: Annotated[tuple[DigestText, ...], Field(max_length=64)]  # leaf hashes
+    approvals: Annotated[tuple[Approval, ...], Field(max_length=64)]
+
+
+class ReleaseWithdrawn(Predicate):
+    """It may not any more."""
+
+    KIND = "release.withdrawn"
+    SIGNERS = frozenset({Role.ADMIN, Role.COORDINATOR})
+    model: DigestText
+    code: Code
+
+
+class Incident(Predicate):
+    """Something went wrong; the account of it is a blob."""
+
+    KIND = "incident"
+    SIGNERS = frozenset({Role.COORDINATOR, Role.NODE, Role.ADMIN, Role.INSTITUTION, Role.AUDITOR})
+    klass: Code
+    code: Code
+    evidence_sha256: DigestText | None = None
+
+
+class AuditReport(Predicate):
+    """Somebody verified the log up to a size."""
+
+    KIND = "audit.report"
+    SIGNERS = frozenset({Role.AUDITOR, Role.NODE, Role.INSTITUTION})
+    size: Count
+    root: DigestText
+    result: Literal["pass", "fail", "unknown"]
+    report_sha256: DigestText
