@@ -11,12 +11,10 @@ protocols/spec/plan.md.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     ValidationError,
@@ -31,10 +29,21 @@ from protocols.identifiers import (
     FederationId,
     NodeId,
     RunId,
-    parse_digest,
     parse_federation_id,
-    parse_node_id,
     parse_run_id,
+)
+from protocols.plan_privacy import SHARED_NOISE_MODES, Privacy, check_privacy
+from protocols.plan_types import (
+    Count,
+    DigestText,
+    Finite,
+    KeyText,
+    Language,
+    NodeName,
+    NonNegative,
+    Part,
+    Positive,
+    Seconds,
 )
 from protocols.secagg.threshold import MAX_ROSTER, SecaggTerms
 
@@ -43,32 +52,7 @@ PLAN_SCHEMA: Final = "minga.plan/1"
 Mode = Literal["open", "aggregate-only", "record-local", "record-distributed", "institution"]
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be finite")
-    return value
-
-
-Finite = Annotated[float, AfterValidator(_finite)]
-Positive = Annotated[float, Field(gt=0, le=1e12), AfterValidator(_finite)]
-NonNegative = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_finite)]
-Count = Annotated[int, Field(ge=1, le=2**53 - 1)]
-Seconds = Annotated[int, Field(ge=1, le=30 * 86_400)]
-Language = Annotated[str, Field(pattern=r"^[a-z]{2,8}(-[a-z0-9]{1,8})*$")]
-NodeName = Annotated[str, AfterValidator(parse_node_id)]
-KeyText = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-DigestText = Annotated[str, AfterValidator(parse_digest)]
-
-
-class _Part(BaseModel):
-    """A frozen part of a plan: strict types, no unknown fields."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants"
-    )
-
-
-class Model(_Part):
+class Model(Part):
     """What is trained. ``initial`` pins the very bytes of round 0."""
 
     family: Literal["llama", "vector"]  # "vector": one float32 tensor, for tests and benchmarks
@@ -78,13 +62,13 @@ class Model(_Part):
     initial: DigestText  # model_root of the snapshot that round 0 starts from
 
 
-class Synthetic(_Part):
+class Synthetic(Part):
     """A local step without training: every coordinate of the delta is this constant."""
 
     delta: Finite = 0.001
 
 
-class LocalStep(_Part):
+class LocalStep(Part):
     """What a site does between receiving a model and being ready."""
 
     kind: Literal["builtin", "flower", "synthetic"] = "builtin"
@@ -125,7 +109,7 @@ class LocalStep(_Part):
         return self
 
 
-class Outer(_Part):
+class Outer(Part):
     """How the mean update becomes the next model."""
 
     optimizer: str = Field(default="average", pattern=r"^(average|nesterov|flower:[A-Za-z]+)$")
@@ -144,7 +128,7 @@ class Outer(_Part):
         return self
 
 
-class Scale(_Part):
+class Scale(Part):
     """Public fixed-point scales, powers of two, known before the round."""
 
     mode: Literal["per-block", "fixed"] = "per-block"
@@ -160,7 +144,7 @@ class Scale(_Part):
         return self
 
 
-class Vector(_Part):
+class Vector(Part):
     """How an update becomes integers."""
 
     ring_bits: Literal[16, 20, 24] = 20
@@ -169,7 +153,7 @@ class Vector(_Part):
     scale: Scale = Scale()
 
 
-class Deadlines(_Part):
+class Deadlines(Part):
     """How long each phase may last, in seconds."""
 
     join: Seconds = 120
@@ -180,7 +164,7 @@ class Deadlines(_Part):
     reveal: Seconds = 120
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """Held-out evaluation of each round's starting model, at the sites, through the same sum."""
 
     languages: tuple[Language, ...] = Field(default=(), max_length=64)
@@ -201,7 +185,7 @@ class Evaluation(_Part):
         return value
 
 
-class SecureAggregation(_Part):
+class SecureAggregation(Part):
     """Sizes of the secure sum; needed by every mode but ``open``."""
 
     threshold: int = Field(ge=2, le=MAX_ROSTER)  # nodes that must see it through
@@ -211,7 +195,7 @@ class SecureAggregation(_Part):
     keys: dict[NodeName, KeyText] = Field(max_length=MAX_ROSTER)
 
 
-class Plan(_Part):
+class Plan(Part):
     """The terms of one run."""
 
     schema_: Literal["minga.plan/1"] = Field(default=PLAN_SCHEMA, alias="schema")
@@ -230,6 +214,7 @@ class Plan(_Part):
     deadlines: Deadlines = Deadlines()
     evaluation: Evaluation = Evaluation()
     secagg: SecureAggregation | None = None
+    privacy: Privacy | None = None  # exactly in the modes that are differentially private
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
@@ -269,6 +254,7 @@ class Plan(_Part):
                 raise ValueError("secagg.keys: two nodes have the same key")
             if self.min_participants < max(3, terms.threshold):
                 raise ValueError("secagg: min_participants must be at least the threshold and 3")
+        check_privacy(self)
         return self
 
     # -- rounds of the run -------------------------------------------------------------------
@@ -287,6 +273,11 @@ class Plan(_Part):
         if not self.evaluation.languages:
             return False
         return not self.trains_in(number) or number % self.evaluation.every == 0
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether sites add whole-number noise to the vector itself."""
+        return self.mode in SHARED_NOISE_MODES
 
     def selection_in(self, number: int) -> Literal["all", "none"] | tuple[str, ...]:
         """The tensors whose update leaves the sites in round ``number``: public, by the plan."""

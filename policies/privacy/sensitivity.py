@@ -43,7 +43,10 @@ class Relation(StrEnum):
 class Unit(StrEnum):
     """Whose contribution is protected."""
 
-    RECORD = "record"  # a packed sequence is one record; a document in k sequences is a group of k
+    DOCUMENT = (
+        "document"  # with all its sequences that take part: a bounded number, clipped together
+    )
+    SEQUENCE = "sequence"  # a document in k sequences is then a group of k
     INSTITUTION = "institution"
 
 
@@ -144,7 +147,9 @@ def institution_update(scaled: Fraction, coordinates: int) -> IntegerSensitivity
     )
 
 
-def record_in_sum(scaled: Fraction, coordinates: int) -> IntegerSensitivity:
+def record_in_sum(
+    scaled: Fraction, coordinates: int, *, unit: Unit, slack: Fraction = Fraction(0)
+) -> IntegerSensitivity:
     """Of one clipped record in a sum that is rounded as a whole: it fails with chance 1e-12.
 
     With the same dither for both neighbours the difference is a rounding by chance of the record's
@@ -154,11 +159,14 @@ def record_in_sum(scaled: Fraction, coordinates: int) -> IntegerSensitivity:
     Args:
         scaled: s * C, with C the clip norm of one record.
         coordinates: d.
+        unit: what one record is.
+        slack: steps that float arithmetic before the rounding may add to the difference.
     """
+    longest = scaled + slack
     return IntegerSensitivity(
-        l2_squared=ceil(_rounded_norm(scaled, coordinates, _LOG_INVERSE_BETA_UNCHECKED)),
+        l2_squared=ceil(_rounded_norm(longest, coordinates, _LOG_INVERSE_BETA_UNCHECKED)),
         coordinates=coordinates,
         relation=Relation.ADD_OR_REMOVE_ONE,
-        unit=Unit.RECORD,
+        unit=unit,
         failure=BETA_UNCHECKED,
     )

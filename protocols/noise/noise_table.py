@@ -41,6 +41,9 @@ U_BITS: Final = 192
 WORD_BITS: Final = 64
 TIE_BITS: Final = U_BITS - WORD_BITS
 MOST_COLUMNS: Final = 2**20  # 22 MiB of table; sigma up to 43,690
+# Of every table, so that its cost can be said before it is made. What is cut off at 12 sigma is
+# nearly all of it, and grows towards that of the continuous law: 2**-107 from sigma = 300 on.
+MOST_DISTANCE: Final = Fraction(1, 2**106)
 
 _PRECISION = 512  # bits of the weights while they are made
 _TIES_AT = 1 << 127  # block where the tie stream begins: no vector has 2**128 coordinates
@@ -117,6 +120,8 @@ class NoiseTable:
     def _from_weights(
         cls, weights: list[int], variance: Fraction, bound: int, distance: Fraction
     ) -> NoiseTable:
+        if distance > MOST_DISTANCE:
+            raise MalformedMessageError(f"a table of variance {variance} is too far from its law")
         k = (len(weights) - 1).bit_length()
         cuts, alias = _alias(weights, k)
         parts = [cut >> TIE_BITS for cut in cuts]

@@ -55,7 +55,7 @@ def dpsgd(q, z, steps, *, discrete=False, **more) -> Charge:
         event=event,
         count=steps,
         relation=Relation.ADD_OR_REMOVE_ONE,
-        unit=Unit.RECORD,
+        unit=Unit.DOCUMENT,
         **more,
     )
 
@@ -265,7 +265,7 @@ def test_each_of_the_three_bounds_is_the_least_somewhere():
 
 def test_a_sampled_sum_costs_what_dp_sgd_does():
     """z = 1.1 from shares of noise: the same epsilon as from one Gaussian, a little above."""
-    sensitivity = record_in_sum(Fraction(58_300), 10**6)
+    sensitivity = record_in_sum(Fraction(58_300), 10**6, unit=Unit.DOCUMENT)
     variance = sensitivity.share_variance(Fraction("1.1"), 20)
     charge = charge_for_sampled_sum(
         sensitivity,
@@ -289,7 +289,7 @@ def test_a_sampled_sum_costs_what_dp_sgd_does():
 
 
 def test_a_sampled_sum_pays_for_tau():
-    sensitivity = record_in_sum(Fraction(10), 100)
+    sensitivity = record_in_sum(Fraction(10), 100, unit=Unit.DOCUMENT)
 
     def distance(shares):
         charge = charge_for_sampled_sum(
@@ -435,7 +435,7 @@ def test_refused(rule, act):
         lambda: exact_sum(variance=Fraction(15)),
         lambda: exact_sum(shares=0),
         lambda: charge_for_sampled_sum(
-            record_in_sum(Fraction(10), 100),
+            record_in_sum(Fraction(10), 100, unit=Unit.DOCUMENT),
             sampling_rate=ROUND,
             share_variance=Fraction(15),
             shares=2,

@@ -28,7 +28,7 @@ OTHER = replace(ROUND, event=replace(ROUND.event, shares=19))
 STEPS = Charge(
     event=SampledGaussian(sampling_rate=0.01, noise_multiplier=1.0, discrete=True),
     relation=Relation.ADD_OR_REMOVE_ONE,
-    unit=Unit.RECORD,
+    unit=Unit.DOCUMENT,
 )
 
 

@@ -212,13 +212,14 @@ def test_the_bound_is_the_theorems(scaled, d):
             scaled**2 + d / 4 + math.sqrt(2 * log) * (scaled + math.sqrt(d) / 2),
         )
 
-    checked, unchecked = institution_update(Fraction(scaled), d), record_in_sum(Fraction(scaled), d)
+    checked = institution_update(Fraction(scaled), d)
+    unchecked = record_in_sum(Fraction(scaled), d, unit=Unit.DOCUMENT)
 
     assert checked.l2_squared == math.floor(theorem(0.5) + 1e-9)
     assert unchecked.l2_squared == math.ceil(theorem(math.log(1e12)) - 1e-9)
     assert (checked.failure, unchecked.failure) == (0, Fraction(1, 10**12))
     assert checked.relation is Relation.REPLACE_SPECIAL
-    assert unchecked.unit is Unit.RECORD
+    assert unchecked.unit is Unit.DOCUMENT
 
 
 def test_d1_follows_from_d2():
@@ -227,7 +228,7 @@ def test_d1_follows_from_d2():
             l2_squared=l2_squared,
             coordinates=d,
             relation=Relation.REPLACE_SPECIAL,
-            unit=Unit.RECORD,
+            unit=Unit.DOCUMENT,
         ).l1
 
     assert [l1(4, 100), l1(100, 4), l1(100, 5), l1(1, 1)] == [4, 20, 22, 1]
