@@ -6,6 +6,7 @@ reason in history.
 
 from coordinator.ledger.leases import LeaseLostError
 from coordinator.ledger.ledger import Ledger
+from coordinator.ledger.log import LeafRow
 from coordinator.ledger.rows import (
     CertificateRow,
     ConfirmationRow,
@@ -21,21 +22,25 @@ from coordinator.ledger.rows import (
     UploadRow,
     model_root_of,
 )
+from coordinator.ledger.sequencer import OwnLeaf, Sequencer
 from coordinator.ledger.tx import Tx
 
 __all__ = [
     "CertificateRow",
     "ConfirmationRow",
     "HistoryRow",
+    "LeafRow",
     "LeaseLostError",
     "Ledger",
     "NodeRow",
     "NodeStatus",
+    "OwnLeaf",
     "PhaseTimeRow",
     "ProgressRow",
     "RoundRow",
     "RunRow",
     "RunStatus",
+    "Sequencer",
     "TrafficRow",
     "Tx",
     "UploadRow",

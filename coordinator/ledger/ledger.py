@@ -21,9 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
+from sqlalchemy import Connection
+
 from coordinator.clock import Clock
 from coordinator.ledger import migrate
 from coordinator.ledger.engine import READERS, Engines, connect, is_retryable, ledger_errors
+from coordinator.ledger.sequencer import Sequencer
 from coordinator.ledger.tx import Tx
 from protocols.errors import FederationError, LedgerBusyError
 
@@ -41,10 +44,12 @@ class Ledger:
     Args:
         url: ``sqlite:////absolute/path`` or ``postgresql+psycopg://…``.
         clock: for transactions whose caller gives no time.
+        sequencer: orders the round log; None: this federation keeps none.
     """
 
-    def __init__(self, url: str, *, clock: Clock) -> None:
+    def __init__(self, url: str, *, clock: Clock, sequencer: Sequencer | None = None) -> None:
         self._clock = clock
+        self._sequencer = sequencer
         self._engines: Engines = connect(url)
         # SQLite has one writer: a queue in front of it instead of threads that wait for its lock.
         writers = 1 if self._engines.file else READERS
@@ -153,7 +158,7 @@ class Ledger:
         for tries_left in reversed(range(RETRIES)):
             try:
                 with ledger_errors(), self._engines.write.begin() as connection:
-                    tx = Tx(connection, name, self._clock.now())
+                    tx = self._tx(connection, name)
                     result = work(tx)
                     version = tx.write_history()
                 break
@@ -170,7 +175,12 @@ class Ledger:
 
     def _read(self, name: str, work: Callable[[Tx], Result]) -> Result:
         with ledger_errors(), self._engines.read.begin() as connection:
-            return work(Tx(connection, name, self._clock.now()))
+            return work(self._tx(connection, name))
+
+    def _tx(self, connection: Connection, name: str) -> Tx:
+        tx = Tx(connection, name, self._clock.now())
+        tx.sequencer = self._sequencer
+        return tx
 
     # -- news --------------------------------------------------------------------------------
 

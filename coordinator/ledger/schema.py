@@ -7,6 +7,7 @@ unit, and what NULL means where it may be NULL. ``migrations/`` makes these tabl
     nodes --< certificates            runs --< rounds --< uploads
       |                                          |-----< traffic, confirmations, phase_times
       '--- progress                   history (of everything), ledger_version, leases, tokens
+                                      log_leaf, log_chain, log_size (the round log)
 """
 
 from __future__ import annotations
@@ -256,4 +257,45 @@ progress = Table(
     Column("reports", LargeBinary, nullable=False, comment="a SyncRequest with progress only"),
     Column("received_at", BigInteger, nullable=False, comment="Unix ms UTC"),
     comment="What nodes say they are doing, a few seconds old; never part of a decision",
+)
+
+log_leaf = Table(
+    "log_leaf",
+    metadata,
+    Column(
+        "index",
+        BigInteger,
+        primary_key=True,
+        autoincrement=False,
+        comment="from 0, without gaps, in order of commit",
+    ),
+    Column("leaf_hash", Text, nullable=False, unique=True, comment="hex, of the entry"),
+    Column("root", Text, nullable=False, comment="hex, of the tree that ends with this leaf"),
+    Column("entry", LargeBinary, nullable=False, comment="DSSE envelope, canonical JSON"),
+    Column("kind", Text, nullable=False, comment="e.g. round.plan"),
+    Column("signer", Text, nullable=False, comment="hex key id of who signed it"),
+    Column("run_id", Text, comment="of which run; NULL: not about a round"),
+    Column("number", Integer, comment="of which round; NULL: not about a round"),
+    Column("attempt", Integer, comment="of which attempt; NULL: the kind has none"),
+    Column("logged_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    Index("ix_log_leaf_round", "run_id", "number", "kind"),
+    comment="The round log; rows are never changed or removed, the files are made of them",
+)
+
+log_chain = Table(
+    "log_chain",
+    metadata,
+    Column("signer", Text, primary_key=True, comment="hex key id"),
+    Column("seq", BigInteger, nullable=False, comment="of its last leaf, from 1"),
+    Column("leaf_hash", Text, nullable=False, comment="hex, of its last leaf"),
+    comment="The head of each signer's chain of leaves",
+)
+
+log_size = Table(
+    "log_size",
+    metadata,
+    Column("one", Integer, primary_key=True, autoincrement=False, comment="always 1"),
+    Column("value", BigInteger, nullable=False, comment="leaves"),
+    CheckConstraint("one = 1", name="one"),
+    comment="One row; its lock gives leaves their index in order of commit",
 )

@@ -51,7 +51,7 @@ class Statements:
         self.name = name  # of the transaction, for history
         self.now = now  # UTC, when it began
         self._c = connection
-        self._entries: list[Entry] = []
+        self._noted: list[Entry] = []
 
     def note(
         self,
@@ -76,7 +76,7 @@ class Statements:
             transaction: a name other than this transaction's.
             entered: whether the round entered ``phase`` just now.
         """
-        self._entries.append(
+        self._noted.append(
             Entry(
                 at=now or self.now,
                 run=round_.run if round_ else run,
@@ -89,9 +89,13 @@ class Statements:
             )
         )
 
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._noted)
+
     def write_history(self) -> int | None:
         """Write what was noted; the last thing before the commit. Returns the last id, if any."""
-        entries, self._entries = self._entries, []
+        entries, self._noted = self._noted, []
         if not entries:
             return None
         last: int = self._c.execute(_BUMP, {"by": len(entries)}).scalar_one()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from coordinator.ledger.leases import Leases
+from coordinator.ledger.log import LogLeaves
 from coordinator.ledger.people import People
 from coordinator.ledger.rounds import Rounds
 from coordinator.ledger.secure import SecureMessages
 from coordinator.ledger.uploads import Uploads
 
 
-class Tx(People, Rounds, Uploads, SecureMessages, Leases):
+class Tx(LogLeaves, People, Rounds, Uploads, SecureMessages, Leases):
     """One open transaction. It ends with the function that ``Ledger.run`` calls with it."""

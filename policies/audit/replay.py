@@ -29,6 +29,7 @@ from protocols.crypto.identity import parse_spiffe_uri
 from protocols.crypto.signatures import BadSignatureError, Context, verify
 from protocols.errors import FederationError, MalformedMessageError
 from protocols.identifiers import Digest, FederationId, RoundId
+from protocols.tlog.checkpoint import Checkpoint
 from protocols.tlog.frontier import Frontier
 from protocols.tlog.kinds import (
     CertIssued,
@@ -38,6 +39,7 @@ from protocols.tlog.kinds import (
     Predicate,
     Role,
     RoundPlan,
+    RoundStart,
     RunRequest,
     is_about_round,
     parse_round_subject,
@@ -106,6 +108,7 @@ class Replay:
         self.requests: dict[Digest, _Requested] = {}  # by leaf hash
         self.witnesses: dict[str, VerifierKey] = {}  # of nodes, by node
         self.rounds: dict[RoundId, RoundState] = {}
+        self.trees: dict[tuple[RoundId, int], tuple[int, bytes]] = {}  # at each round.start
 
     def copy(self) -> Replay:
         """Another one that starts from the same state."""
@@ -113,7 +116,7 @@ class Replay:
         twin.frontier, twin.genesis, twin.closed = self.frontier, self.genesis, self.closed
         twin.holders, twin.chains = dict(self.holders), dict(self.chains)
         twin.requests, twin.witnesses = dict(self.requests), dict(self.witnesses)
-        twin.rounds = dict(self.rounds)
+        twin.rounds, twin.trees = dict(self.rounds), dict(self.trees)
         return twin
 
     @property
@@ -181,7 +184,22 @@ class Replay:
         self._apply(taken)
         self.chains[leaf.signer] = chain
         self.frontier = self.frontier.extend([bytes.fromhex(leaf.hash)])
+        if isinstance(said, RoundStart):
+            _, round_ = parse_round_subject(leaf.statement.subject)
+            self.trees[round_, said.attempt] = (self.size, self.root)
         return taken
+
+    def bound_checkpoint(self, round_: RoundId, attempt: int) -> bytes | None:
+        """What a secure sum binds: the text of the tree that ends with the attempt's round.start.
+
+        Everybody who read the log up to there has the same bytes, whichever checkpoint showed it.
+        None: the attempt has not begun.
+        """
+        tree = self.trees.get((round_, attempt))
+        if tree is None or self.genesis is None:
+            return None
+        size, root = tree
+        return Checkpoint(origin=self.genesis.origin, size=size, root=root).to_text().encode()
 
     # -- step 1 --------------------------------------------------------------------------------
 

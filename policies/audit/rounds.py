@@ -6,7 +6,9 @@
                                         (then start(2), unless burned)
 
 ``after`` takes the state of a round and a leaf, and gives the next state or refuses. Sequencer,
-node and auditor use the same function. Normative text: protocols/spec/log.md, section 12.
+node and auditor use the same function. A join or an update that its node signed in time and that
+reached the log too late stands there without effect: a signer's chain has no holes, so it must
+stand somewhere. Normative text: protocols/spec/log.md, section 12.
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ class LeafRefusedError(IntegrityError):
     code = "leaf_refused"
     advice = "Keep the log as it is: it is the evidence."
 
-    def __init__(self, rule: str, why: str) -> None:
-        super().__init__(f"{rule}: {why}")
-        self.rule = rule
-        self.why = why
+    def __init__(self, rule: str, why: str | None = None) -> None:
+        """The rule and a sentence; or, as it came over the wire, both in one text."""
+        text = rule if why is None else f"{rule}: {why}"
+        super().__init__(text)
+        self.rule, _, self.why = text.partition(": ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,7 @@ class RoundState:
     declines: Mapping[str, RoundDecline] = field(default_factory=dict)
     attempts: tuple[AttemptState, ...] = ()
     ended: RoundAborted | None = None  # before any attempt, or burned: nothing may follow
+    late: Mapping[str, int] = field(default_factory=dict)  # index of each leaf that came too late
 
     @property
     def attempt(self) -> AttemptState | None:
@@ -102,7 +106,7 @@ class RoundState:
 
     def started(self, number: int) -> AttemptState | None:
         """The attempt of that number, if it began."""
-        return self.attempts[number - 1] if 1 <= number <= len(self.attempts) else None
+        return next((attempt for attempt in self.attempts if attempt.number == number), None)
 
 
 def opened(plan: RoundPlan, *, index: int, leaf: Digest, digest: Digest) -> RoundState:
@@ -166,9 +170,16 @@ def _same_plan(state: RoundState, said: RoundJoin | RoundDecline) -> None:
     )
 
 
+def _too_late(state: RoundState, said: RoundJoin | UpdateCommit, index: int) -> RoundState:
+    key = f"{said.KIND} {said.node} {getattr(said, 'attempt', 0)}"
+    _need(key not in state.late, "log.second_late", f"{said.node} was late with this before")
+    return replace(state, late=_with(state.late, key, index))
+
+
 def _join(state: RoundState, said: RoundJoin, index: int) -> RoundState:
-    _need(not state.attempts and state.ended is None, "log.phase", "the round is past joining")
     _same_plan(state, said)
+    if state.attempts or state.ended is not None:
+        return _too_late(state, said, index)
     _need(
         said.model_in == state.plan.model_in,
         "log.model_in",
@@ -184,18 +195,18 @@ def _decline(state: RoundState, said: RoundDecline) -> RoundState:
 
 def _start(state: RoundState, said: RoundStart, index: int) -> RoundState:
     last = state.attempt
-    number = 1 if last is None else last.number + 1
     _need(state.ended is None, "log.phase", "the round is over")
-    _need(
-        said.attempt == number,
-        "log.second_start" if said.attempt < number else "log.phase",
-        f"attempt {said.attempt} begins where attempt {number} is due",
-    )
-    _need(
-        last is None or last.aborted is not None,
-        "log.second_start",
-        f"attempt {number - 1} has no terminal leaf",
-    )
+    if last is not None:  # an attempt that never got its keys together leaves no trace
+        _need(
+            said.attempt > last.number,
+            "log.second_start",
+            f"attempt {said.attempt} begins after attempt {last.number}",
+        )
+        _need(
+            last.aborted is not None,
+            "log.second_start",
+            f"attempt {last.number} has no terminal leaf",
+        )
     _need(
         set(said.ready) <= state.joins.keys(), "log.ready", "a ready node has not joined the round"
     )
@@ -204,7 +215,7 @@ def _start(state: RoundState, said: RoundStart, index: int) -> RoundState:
         "log.ctx",
         "ctx_deal is given exactly in a secure sum",
     )
-    begun = AttemptState(number=number, start=index, said=said)
+    begun = AttemptState(number=said.attempt, start=index, said=said)
     return replace(state, attempts=(*state.attempts, begun))
 
 
@@ -216,18 +227,12 @@ def _current(state: RoundState, number: int, what: str) -> AttemptState:
 
 
 def _put(state: RoundState, attempt: AttemptState) -> RoundState:
-    attempts = list(state.attempts)
-    attempts[attempt.number - 1] = attempt
-    return replace(state, attempts=tuple(attempts))
+    changed = (attempt if each.number == attempt.number else each for each in state.attempts)
+    return replace(state, attempts=tuple(changed))
 
 
 def _commit(state: RoundState, said: UpdateCommit, index: int, leaf: Digest) -> RoundState:
     attempt = _current(state, said.attempt, "an update")
-    _need(
-        attempt.survivors is None and not attempt.over,
-        "log.phase",
-        f"an update of {said.node} after the list of attempt {said.attempt}",
-    )
     _need(said.node in attempt.said.ready, "log.ready", f"{said.node} is not in the ready set")
     _need(said.node not in attempt.commits, "log.second_commit", f"{said.node} committed before")
     secure = state.plan.secagg is not None
@@ -236,6 +241,8 @@ def _commit(state: RoundState, said: UpdateCommit, index: int, leaf: Digest) -> 
         "log.ctx",
         "ctx and deals are given exactly in a secure sum",
     )
+    if attempt.survivors is not None or attempt.over:
+        return _too_late(state, said, index)
     found = Committed(index=index, leaf=leaf, said=said)
     return _put(state, replace(attempt, commits=_with(attempt.commits, said.node, found)))
 
@@ -338,7 +345,7 @@ def _aborted(state: RoundState, said: RoundAborted) -> RoundState:
     last = state.attempt
     _need(state.ended is None, "log.second_end", "the round ended before")
     if said.attempt == 0:
-        _need(last is None, "log.phase", f"attempt {len(state.attempts)} began: which one ended?")
+        _need(last is None, "log.phase", "an attempt began: which one ended?")
         return replace(state, ended=said)
     attempt = _current(state, said.attempt, "an end")
     _need(attempt is last and not attempt.over, "log.second_end", "that attempt ended before")

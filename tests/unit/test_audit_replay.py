@@ -8,10 +8,11 @@ from policies.audit.replay import LeafRefusedError, Replay, policy_text, witness
 from protocols.crypto.signatures import BadSignatureError
 from protocols.errors import IntegrityError, MalformedMessageError
 from protocols.tlog import kinds
+from protocols.tlog.checkpoint import Checkpoint
 from protocols.tlog.leaf import BrokenChainError, ChainHead
 from protocols.tlog.merkle import leaf_hash, tree_root
 from protocols.tlog.trust_policy import TrustPolicy
-from tests.support.leaves import NODES, D, World, key_hex, log_signer, witness_signer
+from tests.support.leaves import NODES, ORIGIN, D, World, key_hex, log_signer, witness_signer
 
 A, B, C, M = NODES
 
@@ -101,16 +102,15 @@ REFUSALS = [
             "round.join",
         ),
     ),
-    ("log.phase", _say(A, lambda w: w.join(A), "round.start")),
+    ("log.second_answer", _say(A, lambda w: w.join(A), "round.start")),
     ("log.ready", _say("coordinator", lambda w: w.start(), "round.plan")),
     ("log.second_start", _say("coordinator", lambda w: w.start(), "round.start")),
     ("log.second_start", _say("coordinator", lambda w: w.start(attempt=2), "round.start")),
-    ("log.phase", _say("coordinator", lambda w: w.start(attempt=3), "round.join")),
     ("log.ctx", _say("coordinator", lambda w: w.start(ctx_deal=None), "round.join")),
     ("log.phase", _say(A, lambda w: w.commit(A), "round.join")),
     ("log.second_commit", _say(A, lambda w: w.commit(A, bytes=7), "update.commit")),
     ("log.ctx", _say(M, lambda w: w.commit(M, ctx=None), "update.commit")),
-    ("log.phase", _say(M, lambda w: w.commit(M), "round.survivors")),
+    ("log.second_commit", _say(A, lambda w: w.commit(A, bytes=9), "round.survivors")),
     (
         "log.survivors",
         _say("coordinator", lambda w: w.survivors({**_listed(w), M: 3}), "update.commit"),
@@ -249,6 +249,31 @@ def test_a_burned_round_is_over_and_an_aborted_attempt_is_not():
     world.say("coordinator", world.start(*NODES[:3], attempt=3), **world.subject())
     with pytest.raises(LeafRefusedError):
         world.replay()
+
+
+def test_what_comes_too_late_stands_there_once_and_without_effect():
+    """A signer's chain has no holes: what it signed in time must stand somewhere."""
+    world = World().begin().round(upto="round.survivors")
+    world.say(M, world.commit(M), **world.subject())
+    state = world.replay()
+    (round_,) = state.rounds.values()
+    assert M not in round_.attempts[0].commits
+    assert round_.late
+    world.say(M, world.commit(M, bytes=9), **world.subject())
+    with pytest.raises(LeafRefusedError) as caught:
+        world.replay()
+    assert caught.value.rule == "log.second_late"
+
+
+def test_the_tree_that_a_secure_sum_binds():
+    world = World().begin().round()
+    state = world.replay()
+    (round_,) = state.rounds
+    at = state.rounds[round_].attempts[0].start
+    root = tree_root([leaf_hash(entry) for entry in world.entries[: at + 1]])
+    text = Checkpoint(origin=ORIGIN, size=at + 1, root=root).to_text().encode()
+    assert state.bound_checkpoint(round_, 1) == text
+    assert state.bound_checkpoint(round_, 2) is None
 
 
 # -- keys --------------------------------------------------------------------------------------
