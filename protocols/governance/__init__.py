@@ -8,5 +8,6 @@ repository.py a whole repository, verified from a root that the reader already t
 changes.py    what changed between two states, in words, and the majority that it needs
 requests.py   what admins sign offline, and what they send back
 
+What changed between two states, in words, and the majority that it needs: policies/trust.py.
 Normative text: protocols/spec/governance.md.
 """

@@ -87,17 +87,14 @@ Code = Annotated[str, Field(pattern=r"^[a-z][a-z0-9.-]{0,63}$")]
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=True)
 
-
-class Document(_Part):
-    """A signed document; ``to_bytes`` and ``from_bytes`` are each other's inverse."""
-
-    def to_bytes(self) -> bytes:
-        """Canonical JSON."""
-        return canonical_bytes(self.model_dump(mode="json", by_alias=True))
+    @classmethod
+    def make(cls, **fields: Any) -> Self:
+        """A document from what a person said. Raises: MalformedMessageError."""
+        return cls.from_value(fields)
 
     @classmethod
     def from_value(cls, value: Any) -> Self:
-        """Read a document from parsed JSON.
+        """Read parsed JSON.
 
         Raises:
             MalformedMessageError: the sentence names the first wrong field.
@@ -111,6 +108,14 @@ class Document(_Part):
             message = first["msg"].removeprefix("Value error, ")
             name = cls.__name__.lower()
             raise MalformedMessageError(f"{name}: {where}: {message}") from None
+
+
+class Document(_Part):
+    """A signed document; ``to_bytes`` and ``from_bytes`` are each other's inverse."""
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON."""
+        return canonical_bytes(self.model_dump(mode="json", by_alias=True))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Protocol, TypeVar
 
@@ -248,7 +248,7 @@ def verify_repository(
     reader.require_time(roles.TARGETS)
     check_delegations(targets.signed, charter)
     lapsed, found = _delegated(reader, snapshot.signed, targets.signed, charter)
-    return _state(reader, charter, root, lapsed, found)
+    return _state(reader, charter, root.version, targets.signed, lapsed, found)
 
 
 def _roots(reader: _Reader, trusted: bytes) -> tuple[Root, Charter]:
@@ -364,7 +364,8 @@ def read_target(files: Files, target: Target) -> bytes:
 def _state(
     reader: _Reader,
     charter: Charter,
-    root: Root,
+    root_version: int,
+    delegations: Targets,
     lapsed: frozenset[str],
     found: dict[str, Target],
 ) -> TrustState:
@@ -379,6 +380,7 @@ def _state(
     members = Members.from_bytes(documents[MEMBERS])
     admins = Admins.from_bytes(documents[ADMINS])
     check_people(charter, members, admins)
+    check_institutions(delegations, members)
     emergencies = {
         path: Emergency.from_bytes(documents[path])
         for path in sorted(documents)
@@ -389,7 +391,7 @@ def _state(
     return TrustState(
         federation=charter.federation,
         charter=charter,
-        root_version=root.version,
+        root_version=root_version,
         versions=reader.versions,
         published=reader.published,
         expires=reader.expires,
@@ -402,6 +404,26 @@ def _state(
         quorums=reader.quorums,
         metadata=reader.raw,
     )
+
+
+def in_force(state: TrustState, now: datetime) -> TrustState:
+    """The state, if it still is in force: files that were in time when they were read expire.
+
+    Returns:
+        The state, without the notices of an emergency role that lapsed since.
+
+    Raises:
+        TrustRefusedError: trust.expired: root, targets or a needed role is past its time.
+    """
+    for role in (roles.ROOT, roles.TARGETS, *roles.NEEDED):
+        if now >= state.expires[role]:
+            raise TrustRefusedError(
+                f"{role} {state.versions[role]} expired at {state.expires[role]:%FT%TZ}",
+                rule="trust.expired",
+            )
+    if state.emergencies and now >= state.expires[roles.EMERGENCY]:
+        return replace(state, emergencies={}, lapsed=state.lapsed | {roles.EMERGENCY})
+    return state
 
 
 def check_people(charter: Charter, members: Members, admins: Admins) -> None:
@@ -431,6 +453,31 @@ def check_people(charter: Charter, members: Members, admins: Admins) -> None:
         )
     if any(person.keyid == charter.online for person in admins.people):
         raise TrustRefusedError("the coordinator's online key is a person's", rule="trust.alias")
+
+
+def check_institutions(targets: Targets, members: Members) -> None:
+    """Each member publishes with the keys that the membership names, and nobody else does.
+
+    Raises:
+        TrustRefusedError: trust.shape.
+    """
+    delegated = targets.delegations.roles if targets.delegations is not None else None
+    found: dict[str, set[str]] = {}
+    for name, role in (delegated or {}).items():
+        institution = roles.institution_of(name)
+        if institution is not None:
+            found[institution] = {targets.get_key(k).keyval["public"] for k in role.keyids}
+    wanted = {
+        item.id: set(item.keys)
+        for item in members.institutions
+        if item.status in ("active", "suspended")
+    }
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise TrustRefusedError(
+                f"role inst-{name} is not signed by the keys that members.json names",
+                rule="trust.shape",
+            )
 
 
 __all__ = ["Files", "ForgedError", "MemoryFiles", "Target", "TrustState", "verify_repository"]

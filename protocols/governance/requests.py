@@ -24,8 +24,7 @@ from tuf.api.metadata import Metadata, Root, Targets
 from protocols.canonical import canonical_bytes, parse_json, sha256_hex
 from protocols.errors import MalformedMessageError
 from protocols.governance import roles
-from protocols.governance.building import apply_candidates, serialize
-from protocols.governance.changes import Change, compare, majorities
+from protocols.governance.building import serialize
 from protocols.governance.documents import Document, TimeText, parse_time, time_text
 from protocols.governance.errors import TrustRefusedError
 from protocols.governance.repository import (
@@ -288,23 +287,6 @@ def tally(opened: Opened, candidates: Iterable[Candidate]) -> list[Quorum]:
         for item in candidates
         for delegator, charter in opened.delegators(item.role)
     ]
-
-
-def preview(opened: Opened, *, now: datetime) -> tuple[TrustState, list[Change], dict[str, int]]:
-    """What would be in force: the candidate state, its changes, and the majorities they need.
-
-    Signatures of the candidates are not asked for here; everything else is.
-
-    Raises:
-        TrustRefusedError, MalformedMessageError: what no majority could put in force.
-    """
-    merged = apply_candidates(opened.base, opened.files, now=now, before=opened.before)
-    first = opened.base.get("metadata/1.root.json") or merged["metadata/1.root.json"]
-    after = verify_repository(
-        MemoryFiles(merged), trusted_root=first, now=now, offline=True, signed=False
-    )
-    changes = compare(opened.before, after)
-    return after, changes, majorities(changes, after.charter.terms)
 
 
 def canonical_request(request: SigningRequest) -> bytes:

@@ -1,84 +1,78 @@
-"""What changed between two states, in words, and the majority that it needs.
+"""What changed between two states of the trust repository, in words, and the majority it needs.
 
-The kind of a change is computed from the documents, never taken from who proposes it. The decision
-table is written for nine admins and scaled to as many as there are, rounded up; it never asks for
-less than the root's threshold. What the table does not name needs its highest majority.
+The kind of a change is computed from the documents, never taken from who proposes it. How many
+must sign for a kind is the decision table of the policy in force; what nobody classified needs its
+highest majority. A policy's own values are compared by ``policies.changes``.
 
-| change | of nine | how it is recognised |
-|---|---|---|
-| admit, suspend, let back in, leave, keys of a member | 5 | the member's entry in members.json |
-| expel, readmit | 6 | its status becomes, or was, expelled |
-| policy, code, plan | 5 | policy/* except the rows below; plans/* |
-| raise a privacy budget | 6 | a number or an entry under /privacy/budgets that grows |
-| who decides: root, admins.json | 5 | under the old and the new root |
-| governance text, thresholds, delays | 7 | governance/*, and /governance of the policy |
-| anything else | 7 | |
+| kind | recognised by |
+|---|---|
+| admit, suspend, reinstate, leave, keys | the member's entry in members.json |
+| expel, readmit | its status becomes, or was, expelled |
+| policy, code, budget | policy/*: see policies.changes |
+| plan | plans/* |
+| admins | the holders of the root's keys; admins.json |
+| amendment | governance/*, thresholds, the governance section of the policy |
+| unclassified | anything else |
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from datetime import datetime
+from typing import Final
 
-from protocols.canonical import parse_json
-from protocols.errors import MalformedMessageError
+from tuf.api.metadata import Targets
+
+from policies import changes as changes_of_policy
+from policies.consortium import ConsortiumPolicy, Decisions
+from policies.decision import Refused
 from protocols.governance import roles
+from protocols.governance.building import apply_candidates
 from protocols.governance.documents import ADMINS, MEMBERS, Admins, Emergency, Institution, Members
-from protocols.governance.repository import Target, TrustState
+from protocols.governance.errors import TrustRefusedError
+from protocols.governance.repository import (
+    MemoryFiles,
+    Target,
+    TrustState,
+    parse_metadata,
+    verify_repository,
+)
+from protocols.governance.requests import Opened
 
 POLICY_DOCUMENT: Final = "policy/consortium.json"
-HIGHEST: Final = 7
-OF_NINE: Final[dict[str, int]] = {
-    "renew": 5,
-    "admit": 5,
-    "suspend": 5,
-    "reinstate": 5,
-    "leave": 5,
-    "keys": 5,
-    "expel": 6,
-    "readmit": 6,
-    "policy": 5,
-    "code": 5,
-    "plan": 5,
-    "budget": 6,
-    "admins": 5,
-    "amendment": HIGHEST,
-    "unclassified": HIGHEST,
-    "emergency": 0,  # any two: the role's own threshold
-    "release": 0,  # the release board's threshold
-    "institution": 0,  # its own keys
-}
-_NEUTRAL: Final = frozenset({"policy_version", "valid_from", "expires"})
-_POLICY_SECTIONS: Final = frozenset(
-    {
-        "log", "participation", "rounds", "secagg", "privacy", "updates", "models", "data",
-        "jurisdictions", "resources", "gates", "evaluators", "retention", "audit", "code",
-    }
-)  # fmt: skip
-_MISSING: Final = object()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """One thing that changes."""
 
-    kind: str  # a key of OF_NINE
+    kind: str
     role: str  # whose metadata file must carry the majority
     words: str  # one sentence
+    exactly: int | None = None  # as computed elsewhere
 
-    def needs(self, terms: roles.Terms) -> int:
-        """Distinct institutions; 0: the role's own threshold."""
-        of_nine = OF_NINE[self.kind]
-        return terms.at_least(of_nine) if of_nine else 0
-
-
-def majorities(changes: list[Change], terms: roles.Terms) -> dict[str, int]:
-    """The number of institutions that each role's metadata file needs, by what it changes."""
-    found: dict[str, int] = {}
-    for change in changes:
-        found[change.role] = max(found.get(change.role, 0), change.needs(terms))
-    return found
+    def count(self, table: Decisions) -> int:
+        """Distinct institutions that must sign, by the decision table."""
+        if self.exactly is not None:
+            return self.exactly
+        match self.kind:
+            case "renew" | "plan" | "release" | "institution" | "emergency":
+                return 0  # the role's own threshold
+            case "admit" | "reinstate" | "leave" | "keys":
+                return table.admit
+            case "suspend":
+                return table.suspend
+            case "expel" | "readmit":
+                return table.expel
+            case "policy" | "code":
+                return table.policy
+            case "admins":
+                return table.root
+            case "amendment":
+                return table.amendment
+            case _:
+                return table.highest
 
 
 def compare(before: TrustState | None, after: TrustState) -> list[Change]:
@@ -133,12 +127,25 @@ def _who_decides(before: TrustState | None, after: TrustState) -> Iterator[Chang
             f"({old.terms.min_countries} countries) to {new.terms.threshold} of "
             f"{new.terms.admins} ({new.terms.min_countries})",
         )
+    if before is not None and _board(before) != _board(after):
+        yield Change(
+            kind="amendment", role=roles.TARGETS, words="changes who signs the release of models"
+        )
     if old.online != new.online:
         yield Change(
             kind="admins",
             role=roles.ROOT,
             words=f"gives the coordinator another online key, {new.online[:12]}…",
         )
+
+
+def _board(state: TrustState) -> tuple[bool, tuple[str, ...], int]:
+    """Whether the board is the admins; else whose keys, and how many sign."""
+    targets = parse_metadata(state.metadata[roles.TARGETS], Targets).signed
+    role = targets.get_delegated_role(roles.RELEASE)
+    if set(role.keyids) == set(state.charter.holders):
+        return True, (), 0
+    return False, tuple(sorted(role.keyids)), role.threshold
 
 
 def compare_documents(
@@ -179,7 +186,7 @@ def _compare_target(
         before_admins = Admins.from_bytes(old) if old is not None else None
         return list(_admins(before_admins, Admins.from_bytes(new)))
     if path == POLICY_DOCUMENT and new is not None:
-        return compare_policies(old, new)
+        return _policies(old, new)
     if role == roles.EMERGENCY:
         return [Change(kind="emergency", role=role, words=_emergency(path, old, new))]
     if role == roles.PLANS:
@@ -193,6 +200,17 @@ def _compare_target(
     if path.startswith("governance/"):
         return [Change(kind="amendment", role=role, words=f"{verb} the text {path}")]
     return [Change(kind="unclassified", role=role, words=f"{verb} {path}")]
+
+
+def _policies(old: bytes | None, new: bytes) -> list[Change]:
+    before = ConsortiumPolicy.from_bytes(old) if old is not None else None
+    found = changes_of_policy.describe_change(before, ConsortiumPolicy.from_bytes(new))
+    kinds = {kind.value for kind in found.kinds}
+    kind = "amendment" if "amendment" in kinds else "policy"
+    return [
+        Change(kind=kind, role=roles.POLICY, words=edit.sentence, exactly=found.signatures)
+        for edit in found.edits
+    ]
 
 
 def _emergency(path: str, old: bytes | None, new: bytes | None) -> str:
@@ -295,107 +313,88 @@ def _admins(old: Admins | None, new: Admins) -> Iterator[Change]:
         )
 
 
-# -- the policy ----------------------------------------------------------------------------------
-
-_NAMES: Final[dict[str, str]] = {
-    "/participation/min_participants": "the least number of participants",
-    "/participation/min_countries": "the least number of countries",
-    "/privacy/budgets/default/eps_total_micro": "the privacy budget of every dataset (epsilon)",
-    "/privacy/eps_round_max_micro": "the most privacy that a round may cost (epsilon)",
-    "/secagg/required": "whether secure aggregation is required",
-    "/governance/policy_delay_hours": "the hours before a new policy takes effect",
-    "/log/witness/quorum": "the quorum of witnesses",
-}
+# -- deciding ------------------------------------------------------------------------------------
 
 
-def compare_policies(old: bytes | None, new: bytes) -> list[Change]:
-    """Differences between two policy documents, leaf by leaf.
+def policy_of(state: TrustState) -> ConsortiumPolicy:
+    """The consortium's policy that a state publishes.
 
     Raises:
-        MalformedMessageError: one of them is not a JSON object.
+        TrustRefusedError: trust.shape: there is none, or it disagrees with the root.
+        MalformedMessageError: it cannot be read.
     """
-    after = _object(new)
-    if old is None:
-        version = after.get("policy_version", "?")
-        words = f"puts the first policy in force, version {version}"
-        return [Change(kind="policy", role=roles.POLICY, words=words)]
-    changes = [
-        Change(
-            kind=_policy_kind(pointer, before, now),
-            role=roles.POLICY,
-            words=_policy_words(pointer, before, now),
+    data = state.documents.get(POLICY_DOCUMENT)
+    if data is None:
+        raise TrustRefusedError(f"{POLICY_DOCUMENT} is not published", rule="trust.shape")
+    policy = ConsortiumPolicy.from_bytes(data)
+    admins, terms = policy.governance.admins, state.charter.terms
+    said = (admins.n, admins.threshold, admins.min_countries)
+    if said != (terms.admins, terms.threshold, terms.min_countries):
+        raise TrustRefusedError(
+            f"the policy speaks of {admins.threshold} of {admins.n} admins, the root of "
+            f"{terms.threshold} of {terms.admins}",
+            rule="trust.shape",
         )
-        for pointer, before, now in _leaves(_object(old), after, "")
-    ]
-    substantial = [change for change in changes if change.kind != "renew"]
-    return substantial or changes
+    if policy.federation != state.federation:
+        raise TrustRefusedError("the policy is of another federation", rule="trust.shape")
+    return policy
 
 
-def _object(data: bytes) -> dict[str, Any]:
-    value = parse_json(data)
-    if not isinstance(value, dict):
-        raise MalformedMessageError("the policy is a JSON object")
-    return value
+def majorities(
+    changes: list[Change], before: TrustState | None, after: TrustState
+) -> dict[str, int]:
+    """Distinct institutions that must sign each role's metadata file, by what it changes.
+
+    The decision table is that of the policy in force before; of the founding, its own. Never less
+    than the root's threshold, never more than there are admins; roles that others than the admins
+    sign keep their own.
+    """
+    table = policy_of(before or after).governance.decisions
+    terms = after.charter.terms
+    found: dict[str, int] = {}
+    for change in changes:
+        if change.role not in roles.ADMIN_ROLES:
+            continue
+        count = min(terms.admins, max(terms.threshold, change.count(table)))
+        found[change.role] = max(found.get(change.role, 0), count)
+    return found
 
 
-def _leaves(old: Any, new: Any, pointer: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            step = str(key).replace("~", "~0").replace("/", "~1")
-            yield from _leaves(old.get(key, _MISSING), new.get(key, _MISSING), f"{pointer}/{step}")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (before, now) in enumerate(zip(old, new, strict=True)):
-            yield from _leaves(before, now, f"{pointer}/{index}")
-    elif type(old) is not type(new) or old != new:
-        yield pointer, old, new
-
-
-def _policy_kind(pointer: str, old: Any, new: Any) -> str:
-    section = pointer.split("/")[1] if "/" in pointer else ""
-    if section in _NEUTRAL:
-        return "renew"
-    if section == "governance":
-        return "amendment"
-    if pointer.startswith("/privacy/budgets"):
-        lower = type(old) is int and type(new) is int and new < old
-        return "policy" if lower else "budget"
-    if section == "code":
-        return "code"
-    return "policy" if section in _POLICY_SECTIONS else "unclassified"
-
-
-def _policy_words(pointer: str, old: Any, new: Any) -> str:
-    name = _NAMES.get(pointer, f"{pointer} of the policy")
-    if old is _MISSING:
-        return f"adds {name}: {_show(pointer, new)}"
-    if new is _MISSING:
-        return f"removes {name}, which was {_show(pointer, old)}"
-    if type(old) is int and type(new) is int:
-        verb = "raises" if new > old else "lowers"
-        return f"{verb} {name} from {_show(pointer, old)} to {_show(pointer, new)}"
-    return f"changes {name} from {_show(pointer, old)} to {_show(pointer, new)}"
-
-
-def _show(pointer: str, value: Any) -> str:
-    if type(value) is int and pointer.endswith("_micro"):
-        return f"{value / 1_000_000:g}"
-    if value is True or value is False:
-        return "yes" if value else "no"
-    text = str(value)
-    return text if len(text) <= 120 else text[:117] + "…"
-
-
-def check_majorities(before: TrustState | None, after: TrustState) -> list[Change]:
-    """Compare, and refuse what too few have signed for what it changes.
-
-    Returns:
-        The changes, for people.
+def check_successor(before: TrustState | None, after: TrustState) -> list[Change]:
+    """What changes, once it is shown that enough signed for it.
 
     Raises:
-        TrustRefusedError: trust.majority.
+        TrustRefusedError: trust.majority, or trust.shape where the policy does not follow.
+        MalformedMessageError: the policy cannot be read.
     """
+    policy = policy_of(after)
+    if before is not None:
+        old = policy_of(before)
+        if old.digest != policy.digest:
+            decision = changes_of_policy.check_successor(old, policy)
+            if isinstance(decision, Refused):
+                raise TrustRefusedError(str(decision), rule="trust.shape")
     changes = compare(before, after)
-    for role, need in majorities(changes, after.charter.terms).items():
-        if need and role in after.quorums:
+    for role, need in majorities(changes, before, after).items():
+        if role in after.quorums:
             after.quorums[role].require(need)
     return changes
+
+
+def preview(opened: Opened, *, now: datetime) -> tuple[TrustState, list[Change], dict[str, int]]:
+    """What would be in force: the candidate state, its changes, and the majorities they need.
+
+    Signatures of the candidates are not asked for here; everything else is.
+
+    Raises:
+        TrustRefusedError, MalformedMessageError: what no majority could put in force.
+    """
+    merged = apply_candidates(opened.base, opened.files, now=now, before=opened.before)
+    first = opened.base.get("metadata/1.root.json") or merged.get("metadata/1.root.json")
+    if first is None:
+        raise TrustRefusedError("there is no first root", rule="trust.shape")
+    after = verify_repository(
+        MemoryFiles(merged), trusted_root=first, now=now, offline=True, signed=False
+    )
+    changes = compare(opened.before, after)
+    return after, changes, majorities(changes, opened.before, after)
