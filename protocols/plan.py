@@ -33,6 +33,7 @@ from protocols.identifiers import (
     parse_run_id,
 )
 from protocols.plan_privacy import SHARED_NOISE_MODES, Privacy, check_privacy
+from protocols.plan_terms import Terms
 from protocols.plan_types import (
     Count,
     DigestText,
@@ -215,6 +216,7 @@ class Plan(Part):
     evaluation: Evaluation = Evaluation()
     secagg: SecureAggregation | None = None
     privacy: Privacy | None = None  # exactly in the modes that are differentially private
+    terms: Terms | None = None  # None: a run without a consortium policy
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
