@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -67,6 +68,7 @@ IDLE_WAIT_MS: Final = 25_000  # of a Sync while nothing moves
 BUSY_WAIT_MS: Final = 2_000  # while there is progress to report
 TURN_S: Final = 2.0  # between two turns at the latest
 TRAINING_TURN_S: Final = 0.25  # while a worker is at it
+STATUS_S: Final = 0.25  # between two writes of the status file at least
 FACTS_S: Final = 10.0  # how long a look at the site's disk is good for
 REFUSED_S: Final = 30.0  # how long a refusal found while acting holds
 DELIVERED_S: Final = 60.0  # then a statement that is still not shown is sent once more
@@ -75,6 +77,7 @@ _MAX_REPORTS: Final = 16  # as many as the coordinator takes with one poll
 BUG_S: Final = 30.0  # before an action that failed in an unknown way is tried again
 
 
+@cache
 def agent_version() -> str:
     """Version of the installed distribution."""
     try:
@@ -113,6 +116,7 @@ class Agent:
     _runs: dict[RunId, RunRecord] = field(default_factory=dict)
     _why: dict[RunId, str] = field(default_factory=dict)
     _shown: NodeStatus | None = None
+    _show_at: float = 0.0  # monotonic seconds: not before
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _actor: Actor = field(init=False)
     _identity: TlsIdentity = field(init=False)
@@ -288,11 +292,11 @@ class Agent:
             for seen in self._view.runs if self._view else ():
                 self._reconcile(seen)
             self._forget()
-            self._show()
+            soon = not self._show() or training
             self._nudge_sync()
             # Not wait_for: it forgets a cancellation that comes together with the wake-up.
             with suppress(TimeoutError):
-                async with asyncio.timeout(TRAINING_TURN_S if training else TURN_S):
+                async with asyncio.timeout(TRAINING_TURN_S if soon else TURN_S):
                     await self._wake.wait()
 
     def _reconcile(self, seen: RunSeen) -> None:
@@ -533,8 +537,11 @@ class Agent:
 
     # -- status ----------------------------------------------------------------------------------
 
-    def _show(self) -> None:
+    def _show(self) -> bool:
+        """Write the status file where it changed; False: it is too soon for that."""
         site, view = self.site, self._view
+        if site.monotonic() < self._show_at:
+            return False
         offset = self._offset.total_seconds() if self._offset is not None else None
         status = NodeStatus(
             node=site.node,
@@ -551,9 +558,10 @@ class Agent:
             runs=tuple(self._run_status(seen) for seen in view.runs) if view else (),
         )
         if status != self._shown:
-            self._shown = status
+            self._shown, self._show_at = status, site.monotonic() + STATUS_S
             with suppress(OSError):  # a full disk must not end the node
                 write_status(site.folder.status, status)
+        return True
 
     def _run_status(self, seen: RunSeen) -> RunStatus:
         known, current = self._runs.get(seen.run), seen.current

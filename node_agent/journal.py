@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 
@@ -41,6 +41,7 @@ from protocols.errors import (
 from protocols.identifiers import Digest, NodeId, RoundId, RunId
 from protocols.plan import Plan
 
+T = TypeVar("T")
 SCHEMA: Final = "2"
 __all__ = [
     "SCHEMA",
@@ -141,8 +142,35 @@ _entries = sa.Table(
 )
 
 
+def _of_round(table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
+    return (table.c.run == sa.bindparam("of_run"), table.c.number == sa.bindparam("of_number"))
+
+
+_RUN = sa.select(_runs).where(_runs.c.run == sa.bindparam("of_run"))
+_ROUND = sa.select(_rounds).where(*_of_round(_rounds))
+_CONFIRM = sa.select(_confirms).where(*_of_round(_confirms))
+_UPLOAD = sa.select(_uploads).where(
+    *_of_round(_uploads), _uploads.c.attempt == sa.bindparam("of_attempt")
+)
+_UNSENT = (
+    sa.select(_confirms.c.number)
+    .where(_confirms.c.run == sa.bindparam("of_run"), _confirms.c.answered_at.is_(None))
+    .order_by(_confirms.c.number)
+)
+_STAGE = (
+    sa.select(_stages)
+    .where(_stages.c.run == sa.bindparam("of_run"))
+    .order_by(_stages.c.number.desc(), _stages.c.attempt.desc())
+    .limit(1)
+)
+
+
 class Journal:
-    """The node's journal. Its methods may be called from any thread; each is one transaction."""
+    """The node's journal. Its methods may be called from any thread; each is one transaction.
+
+    What was read is remembered until the next write: the agent holds the folder's lock, so nobody
+    else writes here, and it looks at the same few rows at every turn.
+    """
 
     def __init__(self, path: Path, *, now: Callable[[], datetime], read_only: bool = False) -> None:
         """Open the journal; make it where there is none.
@@ -156,6 +184,10 @@ class Journal:
         self._path = path
         self._now = now
         self._one_at_a_time = threading.Lock()
+        self._guard = threading.Lock()
+        self._memory: dict[Hashable, Any] | None = None if read_only else {}
+        self._writes = 0
+        self._plans: dict[Digest, Plan] = {}  # a plan never changes: parsed once
         self._engine = sa.create_engine(
             f"sqlite:///{path}", connect_args={"timeout": 10, "check_same_thread": False}
         )
@@ -186,13 +218,15 @@ class Journal:
             run: its name.
             known: an earlier answer, whose plan is not parsed again: a plan never changes.
         """
-        row = self._one(sa.select(_runs).where(_runs.c.run == run))
+        row = self._one(_RUN, of_run=run)
         if row is None:
             return None
+        digest = Digest(row.plan_digest)
         stopped = Refusal(row.stopped_code, row.stopped_reason) if row.stopped_code else None
-        same = known is not None and known.plan_digest == row.plan_digest
-        plan = known.plan if known is not None and same else Plan.from_bytes(row.plan)
-        return RunRecord(plan=plan, plan_digest=Digest(row.plan_digest), stopped=stopped)
+        plan = known.plan if known and known.plan_digest == digest else self._plans.get(digest)
+        if plan is None:
+            plan = self._plans[digest] = Plan.from_bytes(row.plan)
+        return RunRecord(plan=plan, plan_digest=digest, stopped=stopped)
 
     def add_run(self, plan: Plan) -> None:
         """Keep the plan as it was read.
@@ -225,7 +259,7 @@ class Journal:
 
     def round(self, round_: RoundId) -> RoundRecord | None:
         """What this node said about a round."""
-        row = self._one(sa.select(_rounds).where(*_is(_rounds, round_)))
+        row = self._one(_ROUND, of_run=round_.run, of_number=round_.number)
         if row is None:
             return None
         return RoundRecord(
@@ -328,8 +362,7 @@ class Journal:
 
     def upload(self, round_: RoundId, attempt: int) -> UploadRecord | None:
         """The vector of one attempt."""
-        where = (*_is(_uploads, round_), _uploads.c.attempt == attempt)
-        row = self._one(sa.select(_uploads).where(*where))
+        row = self._one(_UPLOAD, of_run=round_.run, of_number=round_.number, of_attempt=attempt)
         if row is None:
             return None
         hashes = row.unit_hashes
@@ -399,9 +432,7 @@ class Journal:
 
     def stage(self, run: RunId) -> SecureKnown | None:
         """The furthest this node came in the secure sums of a run."""
-        query = sa.select(_stages).where(_stages.c.run == run)
-        newest = query.order_by(_stages.c.number.desc(), _stages.c.attempt.desc()).limit(1)
-        row = self._one(newest)
+        row = self._one(_STAGE, of_run=run)
         if row is None:
             return None
         round_ = RoundId(RunId(row.run), row.number)
@@ -428,17 +459,17 @@ class Journal:
 
     def unsent_confirms(self, run: RunId) -> tuple[RoundId, ...]:
         """Rounds whose computed model was not acknowledged by the coordinator yet, in order."""
-        query = (
-            sa.select(_confirms.c.number)
-            .where(_confirms.c.run == run, _confirms.c.answered_at.is_(None))
-            .order_by(_confirms.c.number)
-        )
-        with self._errors(), self._engine.connect() as connection:
-            return tuple(RoundId(run, number) for number in connection.scalars(query))
+
+        def read() -> tuple[RoundId, ...]:
+            with self._errors(), self._engine.connect() as connection:
+                numbers = connection.scalars(_UNSENT, {"of_run": run})
+                return tuple(RoundId(run, number) for number in numbers)
+
+        return self._remembered(("unsent", run), read)
 
     def confirm(self, round_: RoundId) -> ConfirmRecord | None:
         """What this node computed from a round's sum."""
-        row = self._one(sa.select(_confirms).where(*_is(_confirms, round_)))
+        row = self._one(_CONFIRM, of_run=round_.run, of_number=round_.number)
         if row is None:
             return None
         return ConfirmRecord(
@@ -576,14 +607,39 @@ class Journal:
             )
         )
 
-    def _one(self, query: sa.Select[Any]) -> Any:
-        with self._errors(), self._engine.connect() as connection:
-            return connection.execute(query).first()
+    def _one(self, query: sa.Select[Any], **values: Any) -> Any:
+        """The first row of one of the queries above."""
+
+        def read() -> Any:
+            with self._errors(), self._engine.connect() as connection:
+                return connection.execute(query, values).first()
+
+        return self._remembered((query, *values.values()), read)
+
+    def _remembered(self, key: Hashable, read: Callable[[], T]) -> T:
+        """What ``read`` gives, from memory if nothing was written since it was asked last."""
+        with self._guard:
+            if self._memory is not None and key in self._memory:
+                found: T = self._memory[key]
+                return found
+            writes = self._writes
+        value = read()
+        with self._guard:
+            if self._memory is not None and writes == self._writes:
+                self._memory[key] = value
+        return value
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
-        with self._one_at_a_time, self._errors(), self._engine.begin() as connection:
-            yield connection
+        with self._one_at_a_time, self._errors():
+            try:
+                with self._engine.begin() as connection:
+                    yield connection
+            finally:  # committed or not: what was read meanwhile may be old
+                with self._guard:
+                    self._writes += 1
+                    if self._memory is not None:
+                        self._memory.clear()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

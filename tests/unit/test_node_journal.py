@@ -13,6 +13,7 @@ import pytest
 
 from node_agent.journal import Journal, UploadRecord
 from node_agent.rules import Refusal
+from node_agent.secure_state import SecureKnown
 from protocols.errors import (
     ConflictingUploadError,
     CorruptStateError,
@@ -108,6 +109,45 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert acknowledged == list(range(20))
     assert journal.open_rounds(RUN) == tuple(acknowledged)
     journal.close()
+
+
+def test_what_is_remembered_is_never_older_than_what_was_written(journal):
+    """Each row is asked for before and after each write: a memory kept too long convicts."""
+    journal.add_run(the_plan())
+
+    def rows():
+        return (
+            journal.run(RUN),
+            journal.round(ROUND),
+            journal.upload(ROUND, 1),
+            journal.confirm(ROUND),
+            journal.unsent_confirms(RUN),
+            journal.stage(RUN),
+        )
+
+    seen = [rows(), rows()]
+    assert seen[0] == seen[1]
+    for write in (
+        lambda: join(journal),
+        lambda: journal.add_upload(uploaded(), {}),
+        lambda: journal.add_receipt(ROUND, 1, b"r" * 32),
+        lambda: journal.add_confirm(confirmed(computed=SECOND.model_root, answered=False)),
+        lambda: journal.confirm_answered(ROUND),
+        lambda: journal.add_stage(SecureKnown(round=ROUND, attempt=1, stage="ready")),
+        lambda: journal.stop_run(RUN, NO),
+    ):
+        write()
+        assert rows() != seen[-1]
+        seen.append(rows())
+
+
+def test_a_reader_of_another_process_remembers_nothing(journal, tmp_path):
+    """`minga node journal` looks on while the agent writes."""
+    reader = Journal(tmp_path / "journal.sqlite", now=lambda: NOW, read_only=True)
+    assert reader.round(ROUND) is None
+    join(journal)
+    assert reader.round(ROUND).joined
+    reader.close()
 
 
 # -- nobody is told two things ---------------------------------------------------------------------
