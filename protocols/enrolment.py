@@ -13,6 +13,7 @@ from protocols.identifiers import NodeId, parse_node_id
 
 TOKEN_PREFIX: Final = "minga1"  # noqa: S105 - a version, not a secret
 SECRET_BYTES: Final = 32
+TRUST_BYTES: Final = 32
 _MAX_TOKEN = 8192
 
 
@@ -23,21 +24,22 @@ def enrolment_proof_body(token_hash: bytes, csr_der: bytes, signing_key: bytes) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invitation:
-    """What an operator hands to an institution: ``minga1.<institution>.<secret>.<root>``.
+    """What an operator hands to an institution: ``minga1.<institution>.<secret>.<root>[.<trust>]``.
 
     The root certificate travels whole, so the very first connection is verified: there is no
-    trust on first use.
+    trust on first use. ``trust`` is the SHA-256 of the first root of the trust repository: from it
+    follows everything that the admins sign.
     """
 
     institution: NodeId
     secret: bytes = field(repr=False)  # 32 bytes, works once
     root_der: bytes = field(repr=False)  # the federation's root certificate
+    trust_root: bytes = b""  # 32 bytes: SHA-256 of 1.root.json; empty before the founding
 
     def to_text(self) -> str:
         """One word without spaces."""
-        parts = [
-            urlsafe_b64encode(part).rstrip(b"=").decode() for part in (self.secret, self.root_der)
-        ]
+        fields = (self.secret, self.root_der, *filter(None, (self.trust_root,)))
+        parts = [urlsafe_b64encode(part).rstrip(b"=").decode() for part in fields]
         return ".".join([TOKEN_PREFIX, self.institution, *parts])
 
     @classmethod
@@ -48,12 +50,19 @@ class Invitation:
             TokenRefusedError: it is not one; the sentence never repeats the secret.
         """
         parts = text.strip().split(".")
-        if len(text) > _MAX_TOKEN or len(parts) != 4 or parts[0] != TOKEN_PREFIX:
+        if len(text) > _MAX_TOKEN or len(parts) not in (4, 5) or parts[0] != TOKEN_PREFIX:
             raise TokenRefusedError("the token is not an invitation: minga1.<institution>.….…")
         try:
-            secret, root = (urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in parts[2:])
+            secret, root, *trust = (
+                urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in parts[2:]
+            )
         except (binascii.Error, ValueError):
             raise TokenRefusedError("the token was damaged in copying") from None
-        if len(secret) != SECRET_BYTES or not root:
+        if len(secret) != SECRET_BYTES or not root or (trust and len(trust[0]) != TRUST_BYTES):
             raise TokenRefusedError("the token was damaged in copying")
-        return cls(institution=parse_node_id(parts[1]), secret=secret, root_der=root)
+        return cls(
+            institution=parse_node_id(parts[1]),
+            secret=secret,
+            root_der=root,
+            trust_root=trust[0] if trust else b"",
+        )

@@ -104,8 +104,17 @@ class People(Statements):
 
     # -- nodes -------------------------------------------------------------------------------
 
-    def add_node(self, node: NodeId, signing_key: bytes, now: datetime) -> None:
-        """Enrol a node, or replace the signing key of one that enrols again."""
+    def add_node(
+        self, node: NodeId, signing_key: bytes, now: datetime, approval: bytes | None = None
+    ) -> None:
+        """Enrol a node, or replace the signing key of one that enrols again.
+
+        Args:
+            node: its institution's id.
+            signing_key: 32 raw bytes.
+            now: UTC.
+            approval: by which its institution names these keys; None: without governance.
+        """
         parse_node_id(node)
         self._write(
             self._insert(nodes)
@@ -116,8 +125,12 @@ class People(Statements):
                 enrolled_at=to_ms(now),
                 state="",
                 agent_version="",
+                approval=approval,
             )
-            .on_conflict_do_update(index_elements=["node_id"], set_={"signing_key": signing_key})
+            .on_conflict_do_update(
+                index_elements=["node_id"],
+                set_={"signing_key": signing_key, "approval": approval},
+            )
         )
         self.note(f"{node} enrolled", now=now, node=node)
 
@@ -213,6 +226,7 @@ def _node(row: Any) -> NodeRow:
         seen_at=None if row.seen_at is None else from_ms(row.seen_at),
         state=row.state,
         agent_version=row.agent_version,
+        approval=None if row.approval is None else bytes(row.approval),
     )
 
 

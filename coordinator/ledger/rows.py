@@ -38,6 +38,7 @@ class NodeRow:
     seen_at: datetime | None  # UTC; None: never
     state: str  # "running" | "paused" | ""
     agent_version: str
+    approval: bytes | None = field(default=None, repr=False)  # signed by its institution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

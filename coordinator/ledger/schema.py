@@ -65,6 +65,11 @@ nodes = Table(
     Column("seen_at", BigInteger, comment="Unix ms UTC of its last sync; NULL: never"),
     Column("state", Text, nullable=False, comment="running | paused | '' as it said last"),
     Column("agent_version", Text, nullable=False, comment="as it said last, or ''"),
+    Column(
+        "approval",
+        LargeBinary,
+        comment="canonical JSON, signed by the institution; NULL: enrolled without governance",
+    ),
     CheckConstraint("status IN ('active', 'suspended')", name="status"),
     comment="Enrolled institutions",
 )

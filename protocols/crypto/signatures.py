@@ -43,6 +43,7 @@ class Context(StrEnum):
     """What a signature is about. One member for each kind of signed message."""
 
     ENROLMENT = "minga/enrolment/v1"
+    ENROL_APPROVAL = "minga/enrol-approval/v1"
     UPLOAD_HEADER = "minga/upload-header/v1"
     READY = "minga/secagg/ready/v1"
     DEAL = "minga/secagg/deal/v1"
