@@ -167,6 +167,58 @@ def index_corpus(paths: Sequence[str]) -> Corpus:
     )
 
 
+class TextReader:
+    """Reads documents of a corpus from disk; keeps the latest ones and a few open files."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._texts: OrderedDict[int, bytes] = OrderedDict()
+        self._held = 0  # bytes in _texts
+        self._open: OrderedDict[int, int] = OrderedDict()  # file index -> descriptor
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def text(self, document: int) -> bytes:
+        """UTF-8 of one document.
+
+        Raises:
+            DataError: data.changed when a file is not what it was when it was indexed.
+        """
+        if document in self._texts:
+            self._texts.move_to_end(document)
+            return self._texts[document]
+        corpus = self._corpus
+        file = int(corpus.file[document])
+        try:
+            line = os.pread(
+                self._descriptor(file),
+                int(corpus.length[document]),
+                int(corpus.offset[document]),
+            )
+            text, _ = _record(line, corpus.files[file])
+        except (OSError, DataError):
+            text = None
+        if text is None or len(text) != int(corpus.text[document]):
+            raise DataError("data.changed", f"{corpus.files[file]} changed while it was in use")
+        self._texts[document] = text
+        self._held += len(text)
+        while self._held > _CACHE_BYTES and len(self._texts) > 1:
+            self._held -= len(self._texts.popitem(last=False)[1])
+        return text
+
+    def _descriptor(self, file: int) -> int:
+        if file in self._open:
+            self._open.move_to_end(file)
+        else:
+            self._open[file] = os.open(self._corpus.files[file], os.O_RDONLY)
+            if len(self._open) > _OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        return self._open[file]
+
+
 # -- training sequences --------------------------------------------------------------------------
 
 
@@ -196,14 +248,11 @@ class PackedText:
         self._stream = int(corpus.text.sum()) + 2 * corpus.documents  # tokens per epoch
         self.per_epoch = -(-(self._stream - 1) // sequence_length)  # sequences
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._texts: OrderedDict[int, bytes] = OrderedDict()
-        self._held = 0  # bytes in _texts
-        self._open: OrderedDict[int, int] = OrderedDict()  # file index -> descriptor
+        self._reader = TextReader(corpus)
 
     def close(self) -> None:
         """Close the files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._reader.close()
 
     def predicted(self, position: int) -> int:
         """How many tokens sequence ``position`` predicts, without reading it."""
@@ -251,7 +300,7 @@ class PackedText:
         while at < stop:
             document = int(epoch.order[row])
             first = int(epoch.start[row])
-            text = self._text(document)
+            text = self._reader.text(document)
             end = first + len(text) + 2
             until = min(end, stop)
             piece = np.empty(until - at, dtype=np.int64)
@@ -266,38 +315,6 @@ class PackedText:
             tokens[at - start : until - start] = piece
             at, row = until, row + 1
         return tokens
-
-    def _text(self, document: int) -> bytes:
-        if document in self._texts:
-            self._texts.move_to_end(document)
-            return self._texts[document]
-        corpus = self._corpus
-        file = int(corpus.file[document])
-        try:
-            line = os.pread(
-                self._descriptor(file),
-                int(corpus.length[document]),
-                int(corpus.offset[document]),
-            )
-            text, _ = _record(line, corpus.files[file])
-        except (OSError, DataError):
-            text = None
-        if text is None or len(text) != int(corpus.text[document]):
-            raise DataError("data.changed", f"{corpus.files[file]} changed while it was in use")
-        self._texts[document] = text
-        self._held += len(text)
-        while self._held > _CACHE_BYTES and len(self._texts) > 1:
-            self._held -= len(self._texts.popitem(last=False)[1])
-        return text
-
-    def _descriptor(self, file: int) -> int:
-        if file in self._open:
-            self._open.move_to_end(file)
-        else:
-            self._open[file] = os.open(self._corpus.files[file], os.O_RDONLY)
-            if len(self._open) > _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        return self._open[file]
 
 
 # -- held-out documents --------------------------------------------------------------------------

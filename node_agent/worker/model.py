@@ -126,6 +126,7 @@ class ResidentModel:
         select: Selection,
         ranks: Ranks,
         checkpointing: bool | None = None,
+        replicated: bool = False,
     ) -> None:
         """Build and shard; the weights are undefined until ``load``.
 
@@ -134,6 +135,8 @@ class ResidentModel:
             select: tensors that are trained; the others stay as loaded.
             ranks: this process among its peers.
             checkpointing: recompute activations; None decides by size and device.
+            replicated: keep the trained tensors whole on every rank and shard the others only, as
+                a private step needs; gradients are then this rank's own.
 
         Raises:
             ModelError: model.config.
@@ -149,6 +152,8 @@ class ResidentModel:
             checkpointing = (
                 ranks.device.type == "cuda" and self.manifest.coordinates >= CHECKPOINTING_FROM
             )
+        self.checkpointing = checkpointing
+        self._replicated = replicated
         if checkpointing:
             self.module.activation_checkpointing_enable({"use_reentrant": False})
         if ranks.sharded:
@@ -159,18 +164,22 @@ class ResidentModel:
         self.module.model.rotary_emb = rotary
         self._parameters = dict(self.module.named_parameters())
         self.trainable = [
-            LocalPart(name, parameter if not ranks.sharded else _leaf(parameter), parameter)
+            LocalPart(
+                name, _leaf(parameter) if isinstance(parameter, DTensor) else parameter, parameter
+            )
             for name, parameter in self._parameters.items()
             if parameter.requires_grad
         ]
 
     def _shard(self) -> None:
         mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world,))
-        policy = MixedPrecisionPolicy()
-        if self.ranks.device.type == "cuda":
+        policy, whole = MixedPrecisionPolicy(), set()
+        if self._replicated:
+            whole = {p for p in self.module.parameters() if p.requires_grad}
+        elif self.ranks.device.type == "cuda":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for part in (*self.module.model.layers, self.module):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole or None)
 
     # -- weights in and out ----------------------------------------------------------------------
 
@@ -187,7 +196,7 @@ class ResidentModel:
         with torch.no_grad():
             for spec, segment in zip(self.manifest.tensors, self.manifest.segments, strict=True):
                 rows = theta_D[segment.start : segment.stop].reshape(spec.shape)
-                if self.ranks.sharded:
+                if isinstance(self._parameters[spec.name], DTensor):
                     start, stop = _rows(spec, self.ranks.rank, self.ranks.world)
                     rows = rows[start:stop]
                 mine = np.array(rows, dtype=np.float32)
@@ -213,6 +222,11 @@ class ResidentModel:
             start = theta_D[segment.start : segment.stop].reshape(specs[part.name].shape)
             yield part.name, whole.detach().cpu().numpy() - start
 
+    @property
+    def has_shards(self) -> bool:
+        """Whether any tensor is spread over ranks: each forward pass is then a collective."""
+        return any(isinstance(p, DTensor) for p in self._parameters.values())
+
     # -- gradients -------------------------------------------------------------------------------
 
     def leaves(self) -> list[nn.Parameter]:
@@ -220,8 +234,8 @@ class ResidentModel:
 
         A sharded parameter is aliased again each time: FSDP2 may move a shard when it pads it.
         """
-        if self.ranks.sharded:
-            for part in self.trainable:
+        for part in self.trainable:
+            if isinstance(part.whole, DTensor):
                 part.leaf.data = _local(part.whole)
                 gradient = part.whole.grad
                 part.leaf.grad = None if gradient is None else _local(gradient)
@@ -236,8 +250,8 @@ class ResidentModel:
     # -- forward ---------------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 matrix work for a plain module on CUDA; FSDP2's policy does it when sharded."""
-        if self.ranks.device.type == "cuda" and not self.ranks.sharded:
+        """bfloat16 matrix work on CUDA, unless FSDP2's policy does it."""
+        if self.ranks.device.type == "cuda" and (self._replicated or not self.ranks.sharded):
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return nullcontext()
 

@@ -44,6 +44,11 @@ class Progress:
     records: int = 0
     loss_nats: float = 0.0
     seconds: float = 0.0  # of training
+    # Of a private step, whose tokens, records and loss stay zero; none of it leaves the site.
+    sampled: int = 0  # records over all steps
+    clipped: int = 0
+    not_finite: int = 0
+    empty_steps: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
