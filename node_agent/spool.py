@@ -157,8 +157,25 @@ class Evaluation(_Document):
     documents: Count
 
 
+class PrivateReport(_Document):
+    """What a private step did to the site's records. **Never leaves the site**, not in a sum."""
+
+    way: Literal["hooks", "ghost", "loop"]
+    records: Count  # N
+    expected_batch: Number  # public: what sums are divided by
+    sampled: Count  # records over all steps
+    clipped: Count  # of them, longer than the clip norm
+    not_finite: Count  # of them, left out because their gradient was NaN or infinite
+    empty_steps: Count
+    unused_rows: Count  # of documents longer than the plan's cap on sequences
+    noise: Literal["added", "later"]  # "later": by the agent, under the secure sum
+
+
 class Result(_Document):
-    """What a finished job says about itself."""
+    """What a finished job says about itself.
+
+    Of private steps ``tokens``, ``records`` and ``loss_nats`` are zero: no noise would cover them.
+    """
 
     schema_: Literal["minga.result/1"] = Field(default="minga.result/1", alias="schema")
     id: str
@@ -173,6 +190,7 @@ class Result(_Document):
     evaluation: tuple[Evaluation, ...] = ()
     rank_steps: tuple[Count, ...] = ()
     device: str = Field(max_length=200)
+    private: PrivateReport | None = None
 
     @field_validator("evaluation", "rank_steps", mode="before")
     @classmethod

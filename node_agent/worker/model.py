@@ -283,7 +283,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _leaf(parameter: nn.Parameter) -> nn.Parameter:
+def _leaf(parameter: Tensor) -> nn.Parameter:
     return nn.Parameter(_local(parameter), requires_grad=True)
 
 

@@ -88,7 +88,7 @@ class ClippedSum:
         self._model = model
         self._limit = clip_norm * GUARD
         self._rows = rows
-        self._way = way
+        self.way = way
         self._parameters = [part.whole for part in model.trainable]
         sizes = [parameter.numel() for parameter in self._parameters]
         # float64, shape [d], manifest order: one buffer, so ranks add up with one all-reduce.
@@ -125,10 +125,10 @@ class ClippedSum:
         """
         self.total_D.zero_()
         tally = Tally(records=len(records))
-        if self._way == "loop":
+        if self.way == "loop":
             self._loop(records, passes, tally)
         else:
-            add = self._add_hooks if self._way == "hooks" else self._add_ghost
+            add = self._add_hooks if self.way == "hooks" else self._add_ghost
             for together in _together(records, self._rows):
                 add(together, tally)
         self._model.forget_gradients()
@@ -215,7 +215,8 @@ class ClippedSum:
     def _add_ghost(self, together: Sequence[Record], tally: Tally) -> None:
         losses, _ = self._row_losses(together)
         self._backward(losses.sum(), retain_graph=True)
-        squares = torch.stack([p._norm_sample.double().square() for p in self._parameters]).sum(0)
+        norms: list[Any] = [getattr(p, "_norm_sample", None) for p in self._parameters]
+        squares = torch.stack([norm.double().square() for norm in norms]).sum(0)
         self._model.forget_gradients()
         factors = self._factors(squares, tally)
         self._hooks.disable_hooks()

@@ -8,7 +8,7 @@
 All three clip the same gradients to the same norm. What is known to break the promise is refused
 here, with a code and the reason: a warning that nobody reads protects nobody. What a plan can get
 wrong by itself (a clip of the batch, momentum under shared noise) is refused where plans are read,
-``protocols.plan_privacy``; tests/numerics/test_private_clipping.py shows what breaks and by how much.
+``protocols.plan_privacy``. tests/numerics/test_private_clipping.py shows what breaks.
 """
 
 from __future__ import annotations

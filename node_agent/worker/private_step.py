@@ -32,9 +32,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 
 from node_agent.resident import Clock, JobContext, JobFailedError
+from node_agent.spool import PrivateReport
 from node_agent.worker.agreement import Gate, agree
 from node_agent.worker.data import DataError
 from node_agent.worker.distributed import Ranks
@@ -56,6 +56,7 @@ _SAY_EVERY_S: Final = 1.0  # between two progress events
 class Terms:
     """What the plan promises, as the step needs it. Public, all of it."""
 
+    clip_norm: float  # C, L2, of one record
     rate: Fraction  # q
     divisor: float  # B, the expected batch, records
     steps: int
@@ -74,6 +75,7 @@ class Terms:
             raise ValueError(f"mode {plan.mode} does not protect records")
         shared = plan.mode == "record-distributed"
         return cls(
+            clip_norm=privacy.clip_norm,
             rate=Fraction(privacy.sampling_rate),
             divisor=privacy.expected_batch,
             steps=privacy.steps or 1,
@@ -121,9 +123,7 @@ class PrivateRun:
             self._count(meeting.sums)
             if self.context is not None and self.clock.monotonic() - said >= _SAY_EVERY_S:
                 # Steps alone: how many tokens a sample has would tell of it.
-                self.context.say(
-                    "progress", step=self.progress.steps, max_steps=self.terms.steps
-                )
+                self.context.say("progress", step=self.progress.steps, max_steps=self.terms.steps)
                 said = self.clock.monotonic()
             self.gate.leave(meeting.decision)
             if done:
@@ -139,12 +139,27 @@ class PrivateRun:
             self.progress.steps += 1
             self.my_steps += 1
 
-    def shared_sum(self) -> Sequence[tuple[str, Tensor]]:
-        """``-S / B`` of the last step, tensor by tensor; float32, without noise."""
+    def shared_sum(self) -> list[tuple[str, NDArray[np.float32]]]:
+        """``-S / B`` of the last step, tensor by tensor, flat; float32, without noise."""
         return [
-            (part.name, (view / -self.terms.divisor).to(torch.float32))
+            (part.name, (view / -self.terms.divisor).to(torch.float32).cpu().numpy())
             for part, view in zip(self.model.trainable, self.sums.parts(), strict=True)
         ]
+
+    def report(self) -> PrivateReport:
+        """What the operator of this site may see, and nobody else."""
+        progress, records = self.progress, self.records
+        return PrivateReport(
+            way=self.sums.way,
+            records=len(records),
+            expected_batch=self.terms.divisor,
+            sampled=progress.sampled,
+            clipped=progress.clipped,
+            not_finite=progress.not_finite,
+            empty_steps=progress.empty_steps,
+            unused_rows=records.all_rows - records.used_rows,
+            noise="later" if self.terms.noise is None else "added",
+        )
 
     # -- parts of a step -------------------------------------------------------------------------
 
@@ -157,9 +172,7 @@ class PrivateRun:
         chosen: NDArray[np.int64] = self.ranks.told(drawn)
         return chosen
 
-    def _read(
-        self, chosen: NDArray[np.int64]
-    ) -> tuple[list[Record], int, JobFailedError | None]:
+    def _read(self, chosen: NDArray[np.int64]) -> tuple[list[Record], int, JobFailedError | None]:
         """This rank's records, and the passes that every rank makes.
 
         Long records are dealt out first, in turn, so that ranks have about as much to do.

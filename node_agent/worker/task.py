@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from node_agent.worker.evaluation import evaluate
 from node_agent.worker.local_step import Limits, LocalStepRun
 from node_agent.worker.model import ResidentModel
 from node_agent.worker.optimizer import InnerOptimizer, Moments
+from node_agent.worker.per_record import ClippedSum, structure_of
+from node_agent.worker.private_path import Setting, Way, rows_at_once, way_for
+from node_agent.worker.private_step import PrivateRun, Terms
+from node_agent.worker.records import Records
 from node_agent.worker.state import Memory, Partial, Progress
 from protocols.errors import NonFiniteUpdateError
 from protocols.plan import Plan
@@ -55,6 +60,7 @@ class Task:
     clock: Clock
     spool: Spool
     micro_batch: int
+    random_bytes: Callable[[int], bytes] = field(repr=False)
     context: JobContext | None  # on rank 0
 
     def remark(self, message: str) -> None:
@@ -165,27 +171,111 @@ class Task:
         )
         self._resume(run, memory)
         untrained = {} if memory is None else memory.moments
+
+        def remember(partial: Partial | None) -> Memory:
+            epoch, index = divmod(run.position, run.text.per_epoch)
+            return self._memory(
+                run.optimizer, untrained, epoch=epoch, index=index, data=data, partial=partial
+            )
+
+        try:
+            self._carry_out(run, remember, evaluation)
+        finally:
+            text.close()
+        if not run.progress.steps:
+            raise JobFailedError("train.no_steps", "the deadline passed before the first step")
+        return run, remember(None)
+
+    def train_private(
+        self,
+        records: Records,
+        memory: Memory | None,
+        evaluation: list[dict[str, Any]],
+        *,
+        wanted: Way | None = None,
+    ) -> tuple[PrivateRun, Memory]:
+        """Do the private steps of the plan: all of them, or the job fails.
+
+        Args:
+            records: of this site; closed when this returns or raises.
+            memory, evaluation: as in ``train``.
+            wanted: the way that the site insists on.
+
+        Raises:
+            JobFailedError: private.*: the configuration would break the promise, or there was no
+                time for all steps; train.non_finite, data.changed.
+            JobCancelledError: nothing is kept.
+            JobInterruptedError: the middle is on disk: weights that already carry their noise.
+        """
+        job, plan, ranks = self.brief.job, self.brief.plan, self.ranks
+        coordinates = sum(part.whole.numel() for part in self.model.trainable)
+        terms = agree(ranks, lambda: Terms.of(plan, coordinates))
+        way, rows = agree(ranks, lambda: self._way(records, wanted))
+        sums = ClippedSum(self.model, way=way, clip_norm=terms.clip_norm, rows=rows)
+        run = PrivateRun(
+            model=self.model,
+            optimizer=InnerOptimizer(self.model, plan.local_step, ranks),
+            records=records,
+            sums=sums,
+            terms=terms,
+            ranks=ranks,
+            gate=self.gate,
+            clock=self.clock,
+            random_bytes=self.random_bytes,
+            deadline_unix=job.deadline_unix,
+            progress=Progress(),
+            context=self.context,
+        )
+        self._resume(run, memory)
+        untrained = {} if memory is None else memory.moments
+
+        def remember(partial: Partial | None) -> Memory:
+            return self._memory(run.optimizer, untrained, partial=partial)
+
+        try:
+            self._carry_out(run, remember, evaluation)
+        finally:
+            sums.close()
+            records.close()
+        return run, remember(None)
+
+    def _way(self, records: Records, wanted: Way | None) -> tuple[Way, int]:
+        """How gradients are clipped, and the rows that go through the model together."""
+        structure = structure_of(self.model)
+        setting = Setting(
+            ranks=self.ranks.world,
+            loss="record-mean",
+            sharded_trainables=any(part.whole is not part.leaf for part in self.model.trainable),
+            half_precision=self.ranks.device.type == "cuda",
+            longest_record=records.longest,
+            wanted=wanted,
+        )
+        way = way_for(structure, setting)
+        return way, rows_at_once(way, structure, setting, micro_batch=self.micro_batch)
+
+    def _carry_out(
+        self,
+        run: LocalStepRun | PrivateRun,
+        remember: Callable[[Partial | None], Memory],
+        evaluation: list[dict[str, Any]],
+    ) -> None:
+        """Run; put the middle away if it is interrupted."""
         try:
             run.run()
         except JobInterruptedError:
             middle = Partial(
-                work=state.work_of(job),
+                work=state.work_of(self.brief.job),
                 progress=run.progress,
                 evaluation=evaluation,
                 weights={part.name: part.leaf.detach() for part in self.model.trainable},
             )
             try:
-                self.keep(self._memory(run, data, untrained, partial=middle))
+                self.keep(remember(middle))
             except JobFailedError as error:  # still interrupted: the round begins again instead
                 self.remark(f"the middle of the round could not be put away: {error}")
             raise
-        finally:
-            text.close()
-        if not run.progress.steps:
-            raise JobFailedError("train.no_steps", "the deadline passed before the first step")
-        return run, self._memory(run, data, untrained)
 
-    def _resume(self, run: LocalStepRun, memory: Memory | None) -> None:
+    def _resume(self, run: LocalStepRun | PrivateRun, memory: Memory | None) -> None:
         """Hand earlier moments and, after an interruption, the sums so far to this run."""
         step = self.brief.plan.local_step
         partial = memory.partial if memory is not None else None
@@ -206,25 +296,27 @@ class Task:
 
     def _memory(
         self,
-        run: LocalStepRun,
-        data: str,
+        optimizer: InnerOptimizer,
         untrained: Moments,
         *,
+        epoch: int = 0,
+        index: int = 0,
+        data: str = "",
         partial: Partial | None = None,
     ) -> Memory:
         """What is worth keeping; moments of tensors that this round did not train are passed on."""
-        keep = self.brief.plan.local_step.keep_optimizer or partial is not None
-        epoch, index = divmod(run.position, run.text.per_epoch)
+        step = self.brief.plan.local_step
+        keep = step.keep_optimizer or partial is not None
         return Memory(
             run=self.brief.job.run,
             round=self.brief.job.round,
             world=self.ranks.world,
-            optimizer=run.step.optimizer,
-            updates=run.optimizer.updates if keep else 0,
+            optimizer=step.optimizer,
+            updates=optimizer.updates if keep else 0,
             epoch=epoch,
             index=index,
             data=data,
-            moments={**untrained, **run.optimizer.moments()} if keep else {},
+            moments={**untrained, **optimizer.moments()} if keep else {},
             partial=partial,
         )
 
@@ -239,8 +331,11 @@ class Task:
 
     # -- the update ------------------------------------------------------------------------------
 
-    def write_delta(self) -> DeltaSummary:
+    def write_delta(self, shared: Sequence[tuple[str, Theta]] = ()) -> DeltaSummary:
         """Stream the update to disk on rank 0; the others help to gather it.
+
+        Args:
+            shared: what is handed over instead of ``local - start``: name and values, in order.
 
         Raises:
             JobFailedError: train.non_finite: NaN or infinity in a parameter, named; storage.
@@ -251,7 +346,7 @@ class Task:
 
         def gather() -> DeltaSummary | None:
             failed: NonFiniteUpdateError | OSError | None = None
-            for name, part in self.model.difference(self.theta):
+            for name, part in shared or self.model.difference(self.theta):
                 if writer is None or failed is not None:
                     continue  # the other ranks still wait for us in each gather
                 try:

@@ -13,15 +13,16 @@ copy on disk is for a restart. Both give the same bits.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from node_agent.job_files import open_theta, read_plan
+from node_agent.job_files import Theta, open_theta, read_plan
 from node_agent.resident import (
     Clock,
     JobCancelledError,
@@ -35,9 +36,12 @@ from node_agent.worker.data import Corpus, HeldOut, find_files, held_out, index_
 from node_agent.worker.distributed import Ranks
 from node_agent.worker.local_step import Limits
 from node_agent.worker.model import ModelError, ResidentModel
+from node_agent.worker.private_path import Way
+from node_agent.worker.records import Records
 from node_agent.worker.state import Memory, Progress
 from node_agent.worker.task import Brief, Task
 from protocols.plan import Plan
+from protocols.plan_privacy import RECORD_MODES
 from protocols.tensors.manifest import Manifest
 
 FlowerHost = Callable[[Job, JobContext, Plan, Manifest], Result]
@@ -49,6 +53,8 @@ class Options:
 
     micro_batch: int = 0  # rows per forward pass of a rank; 0 is the whole batch
     checkpointing: bool | None = None  # recompute activations; None decides by size
+    private_way: Way | None = None  # how records are clipped; None takes the quickest right way
+    random_bytes: Callable[[int], bytes] = field(default=os.urandom, repr=False)
     flower: FlowerHost | None = None  # for plans whose local step is a Flower ClientApp
 
 
@@ -137,6 +143,7 @@ class Trainer:
         if job.select != "none":
             if not Limits.of(job, plan.local_step).bounded:
                 raise JobFailedError("job.limits", "neither the job nor the plan limits training")
+            _check_private(job, plan)
             corpus = self._corpus(job.data.train)
         documents: tuple[HeldOut, ...] = ()
         if plan.evaluates_in(job.index) and job.data.valid:
@@ -167,17 +174,27 @@ class Trainer:
             clock=self._clock,
             spool=self._spool,
             micro_batch=self._options.micro_batch,
+            random_bytes=self._options.random_bytes,
             context=context,
         )
         held, self._memory = self._memory, None  # a job that fails leaves none: disk has the last
         memory = task.recall(held)
         partial = memory.partial if memory is not None else None
         evaluation = partial.evaluation if partial is not None else task.evaluate()
-        progress, my_steps, made = Progress(), 0, None
-        if brief.corpus is not None:
+        progress, my_steps, made, private = Progress(), 0, None, None
+        shared: list[tuple[str, Theta]] = []
+        if brief.corpus is not None and brief.plan.mode in RECORD_MODES:
+            records = self._records(brief, brief.corpus)
+            steps, made = task.train_private(
+                records, memory, evaluation, wanted=self._options.private_way
+            )
+            progress, my_steps, private = steps.progress, steps.my_steps, steps.report()
+            if steps.terms.noise is None:
+                shared = steps.shared_sum()
+        elif brief.corpus is not None:
             run, made = task.train(brief.corpus, memory, evaluation)
             progress, my_steps = run.progress, run.my_steps
-        delta = task.write_delta()  # before the state: moments of a broken update are not kept
+        delta = task.write_delta(shared)  # before the state: a broken update's is not kept
         self._memory = held if made is None else task.keep(made)
         return Result(
             id=job.id,
@@ -192,6 +209,19 @@ class Trainer:
             evaluation=tuple(Evaluation(**row) for row in evaluation),
             rank_steps=tuple(ranks.from_all(my_steps)),
             device=ranks.describe(),
+            private=private,
+        )
+
+    @staticmethod
+    def _records(brief: Brief, corpus: Corpus) -> Records:
+        privacy = brief.plan.privacy
+        if privacy is None or privacy.unit == "institution":
+            raise ValueError(f"mode {brief.plan.mode} does not protect records")
+        return Records(
+            corpus,
+            unit=privacy.unit,
+            max_sequences=privacy.max_sequences,
+            sequence_length=brief.plan.local_step.sequence_length,
         )
 
     def _resident(self, brief: Brief) -> ResidentModel:
@@ -205,7 +235,8 @@ class Trainer:
             raise ModelError(
                 "model.config", f"sequence_length {length} is more than the model's {longest}"
             )
-        key = (tuple(sorted(config.items())), brief.job.select)
+        private = brief.plan.mode in RECORD_MODES
+        key = (tuple(sorted(config.items())), brief.job.select, private)
         if self._model is None or self._model_key != key:
             self._model = self._model_key = None  # free the old one first
             self._model = agree(
@@ -215,6 +246,7 @@ class Trainer:
                     select=brief.job.select,
                     ranks=self._ranks,
                     checkpointing=self._options.checkpointing,
+                    replicated=private,
                 ),
             )
             self._model_key = key
@@ -223,6 +255,18 @@ class Trainer:
                 "model.manifest", "model.config describes other tensors than the manifest"
             )
         return self._model
+
+
+def _check_private(job: Job, plan: Plan) -> None:
+    """A private step has as many steps as are charged. Raises: JobFailedError private.limits."""
+    if plan.mode not in RECORD_MODES or plan.privacy is None:
+        return
+    fewer = job.max_steps is not None and job.max_steps < (plan.privacy.steps or 1)
+    if fewer or job.max_tokens is not None or job.max_seconds is not None:
+        raise JobFailedError(
+            "private.limits",
+            f"the job limits a private step, which has {plan.privacy.steps} steps or is not sent",
+        )
 
 
 def _marks(paths: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
