@@ -222,13 +222,13 @@ class ClippedSum:
         self._hooks.disable_hooks()
         try:
             if bool((factors > 0).all()):
-                torch.autograd.backward((losses * factors.to(losses.dtype)).sum())
+                self._backward((losses * factors.to(losses.dtype)).sum())
                 self._collect()
             else:  # zero times infinity is NaN: go through the sound ones alone
                 for record, factor in zip(together, factors, strict=True):
                     if factor > 0:
                         again = self._row_losses([record])[0].sum()
-                        torch.autograd.backward(again * factor.to(again.dtype))
+                        self._backward(again * factor.to(again.dtype))
                         self._collect()
         finally:
             self._hooks.enable_hooks()
