@@ -65,7 +65,7 @@ def test_a_sequence_is_a_record_and_no_two_documents_share_one(tmp_path):
     assert len(records) == records.used_rows == records.all_rows == 1 + 1 + 1 + 2 + 3 + 6
     assert records.longest == 1
     whole = [tokens(records.read(n)) for n in range(len(records))]
-    assert sum(whole, []) == [t for text in TEXTS for t in (*text.encode(), EOS)]
+    assert [t for row in whole for t in row] == [t for text in TEXTS for t in (*text.encode(), EOS)]
     assert whole[3] == [*b"12345678"]
     assert whole[4] == [EOS]
 
