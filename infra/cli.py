@@ -54,6 +54,9 @@ GROUPS: Final[Mapping[str, LazyGroup]] = {
     "run": LazyGroup(
         module="infra.runs.cli", help="Submit, follow and stop training runs.", extra="coordinator"
     ),
+    "audit": LazyGroup(
+        module="infra.audit.cli", help="Copy, verify and report the round log.", extra="privacy"
+    ),
 }
 
 

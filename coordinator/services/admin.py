@@ -110,6 +110,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         await asyncio.to_thread(
             check_submission, plan, snapshot, self._blobs, self._authority.federation
         )
+        await asyncio.to_thread(self._blobs.put_bytes, request.snapshot)  # for auditors
         now = self._clock.now()
         return await self._ledger.run(
             "submit_run", lambda tx: submit(tx, plan, request.snapshot, operator.name, now)

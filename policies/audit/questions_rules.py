@@ -1,0 +1,363 @@
+"""The questions about rules, privacy, code, data, people and releases.
+
+Many of them ask about the signed policy. Where none is at hand the answer is unknown: what a plan
+says about itself is not evidence that it was allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from policies.audit.evidence import Evidence, released
+from policies.audit.records import Record, Result
+from policies.audit.spending import SpendingUnknownError, spending, spent_claims, wrong_claims
+from policies.consortium import ConsortiumPolicy
+from protocols.identifiers import Digest
+from protocols.tlog.kinds import (
+    CertIssued,
+    CodeApproved,
+    DatasetDeclared,
+    EnrolRequest,
+    EvalReport,
+    OverrideGranted,
+    ReleaseApproved,
+    RoundJoin,
+    TufPublished,
+    UpdateCommit,
+    parse_round_subject,
+)
+
+NO_POLICY = "no signed policy is at hand"
+_MICRO = 1_000_000
+
+
+def q04_privacy_loss(evidence: Evidence) -> Iterator[Record]:
+    """Every claim is the one its plan gives; epsilon is composed again; sums are within budgets.
+
+    Released and burned attempts count, aborted ones do not: they carry a certificate.
+    """
+    wrong, unknown = wrong_claims(evidence)
+    for taken, reason in wrong:
+        _, round_ = parse_round_subject(taken.statement.subject)
+        yield Record(
+            id="4", round=str(round_), result=Result.FAIL, leaves=(taken.index,), reason=reason
+        )
+    if unknown:
+        yield Record(
+            id="4",
+            round=None,
+            result=Result.UNKNOWN,
+            leaves=tuple(taken.index for taken in unknown),
+            reason="without the model's manifest the claims of these leaves are not derived again",
+        )
+    claims = spent_claims(evidence)
+    if not claims:
+        if not wrong:
+            modes = sorted({state.plan.mode for state in evidence.rounds.values()})
+            reason = f"no privacy is spent: {', '.join(modes) or 'no round'}"
+            yield Record(id="4", round=None, result=Result.PASS, leaves=(), reason=reason)
+        return
+    leaves = tuple(sorted(taken.index for taken, _ in claims))
+    try:
+        found = spending(evidence)
+    except SpendingUnknownError as error:
+        yield Record(id="4", round=None, result=Result.UNKNOWN, leaves=leaves, reason=str(error))
+        return
+    policy = evidence.policy
+    for item in found:
+        who = f"{item.institution}, {item.dataset}"
+        what = f"{who}: {item.printed} per {item.unit} over {item.claims} updates"
+        if policy is None:
+            yield Record(
+                id="4",
+                round=None,
+                result=Result.UNKNOWN,
+                leaves=leaves,
+                reason=f"{what}; {NO_POLICY}, so no budget is known",
+            )
+            continue
+        budget = policy.privacy.budgets.epsilon_micro(item.institution, item.dataset) / _MICRO
+        yield Record(
+            id="4",
+            round=None,
+            result=Result.PASS if item.epsilon <= budget else Result.FAIL,
+            leaves=leaves,
+            reason=f"{what}; the budget is {budget:g}",
+        )
+
+
+def q06_code(evidence: Evidence) -> Iterator[Record]:
+    """The plan's code was approved before the plan, in the log and in the policy."""
+    approved = list(evidence.of(CodeApproved))
+    for round_, state in evidence.rounds.items():
+        code = state.plan.code
+        if code is None:
+            reason = "the plan leaf names no code"
+            yield _one("6", str(round_), Result.UNKNOWN, state.plan_at, reason)
+            continue
+        by = {taken.leaf.hash for taken in approved if taken.index < state.plan_at}
+        missing = [digest for digest in code.approvals if Digest(digest) not in by]
+        allowed = _allowed_code(evidence.policy, code.image)
+        if missing:
+            reason = f"it names an approval that is not in the log before it: {missing[0][:12]}…"
+            yield _one("6", str(round_), Result.FAIL, state.plan_at, reason)
+        elif allowed is False:
+            reason = "its image is not among the code that the policy allows"
+            yield _one("6", str(round_), Result.FAIL, state.plan_at, reason)
+        elif allowed is None:
+            what = code.source_commit or code.image or "unnamed"
+            yield _one(
+                "6", str(round_), Result.UNKNOWN, state.plan_at, f"code {what[:12]}…; {NO_POLICY}"
+            )
+        else:
+            yield _one("6", str(round_), Result.PASS, state.plan_at, "the policy allows its image")
+
+
+def _allowed_code(policy: ConsortiumPolicy | None, image: str | None) -> bool | None:
+    if policy is None or image is None:
+        return None
+    return image in {code.image for code in policy.code.allowed}
+
+
+def q07_data(evidence: Evidence) -> Iterator[Record]:
+    """Each update names declarations of its own institution; the policy takes their licences."""
+    declared = {
+        (taken.said.institution, taken.said.declaration_sha256): taken.said.licence
+        for taken in evidence.of(DatasetDeclared)
+        if isinstance(taken.said, DatasetDeclared)
+    }
+    for taken in evidence.of(UpdateCommit):
+        said = taken.said
+        if not isinstance(said, UpdateCommit):
+            continue
+        _, round_ = parse_round_subject(taken.statement.subject)
+        where = str(round_)
+        if not said.datasets:
+            yield _one("7", where, Result.UNKNOWN, taken.index, f"{said.node} names no data set")
+            continue
+        for used in said.datasets:
+            what = f"{said.node}: {used.id}"
+            key = (said.node, used.declaration_sha256)
+            if used.declaration_sha256 is None or key not in declared:
+                reason = f"{what} has no declaration in the log"
+                yield _one("7", where, Result.UNKNOWN, taken.index, reason)
+            elif used.licence is not None and used.licence != declared[key]:
+                reason = f"{what} claims {used.licence}, declared is {declared[key]}"
+                yield _one("7", where, Result.FAIL, taken.index, reason)
+            elif evidence.policy is None:
+                yield _one("7", where, Result.UNKNOWN, taken.index, f"{what}; {NO_POLICY}")
+            elif not evidence.policy.data.takes_licence(declared[key]):
+                reason = f"{what} is under {declared[key]}, which the policy does not take"
+                yield _one("7", where, Result.FAIL, taken.index, reason)
+            else:
+                reason = f"{what}, {declared[key]}"
+                yield _one("7", where, Result.PASS, taken.index, reason)
+
+
+def q11_overrides(evidence: Evidence) -> Iterator[Record]:
+    """Overrides name a rule that may be overruled and stand before the round that needs them."""
+    found = list(evidence.of(OverrideGranted))
+    for taken in found:
+        said = taken.said
+        if not isinstance(said, OverrideGranted):
+            continue
+        what = f"{said.rule} is set aside for plan {said.plan_sha256[:12]}…: {said.code}"
+        policy = evidence.policy
+        if policy is None:
+            yield _one("11", None, Result.UNKNOWN, taken.index, f"{what}; {NO_POLICY}")
+            continue
+        rule = policy.governance.override
+        signers = len({approval.key for approval in said.approvals})
+        if said.rule in rule.never:
+            yield _one("11", None, Result.FAIL, taken.index, f"{what}; nobody may overrule it")
+        elif signers < rule.threshold:
+            reason = f"{what}; {signers} signatures, {rule.threshold} are needed"
+            yield _one("11", None, Result.FAIL, taken.index, reason)
+        else:
+            reason = f"{what}; {signers} signatures, to be verified with the admins' keys"
+            yield _one("11", None, Result.UNKNOWN, taken.index, reason)
+    if not found:
+        yield Record(id="11", round=None, result=Result.PASS, leaves=(), reason="none was granted")
+
+
+def q14_dominance(evidence: Evidence) -> Iterator[Record]:
+    """No institution's share of the sum is above the policy's limit."""
+    policy = evidence.policy
+    for round_, state in evidence.rounds.items():
+        attempt = released(state)
+        if attempt is None or attempt.aggregate is None:
+            continue
+        said, at = attempt.aggregate, attempt.aggregate_at or state.plan_at
+        top = max((weight.permille for weight in said.weights), default=-(-1000 // said.survivors))
+        plan = evidence.plan_of(state)
+        if not said.weights and (plan is None or plan.vector.weight_cap_tokens is not None):
+            reason = "updates are weighted by their size, and the weights are not published"
+            yield _one("14", str(round_), Result.UNKNOWN, at, reason)
+        elif policy is None:
+            reason = f"the largest share is {top / 10:g} %; {NO_POLICY}"
+            yield _one("14", str(round_), Result.UNKNOWN, at, reason)
+        else:
+            most = policy.participation.max_weight_share_permille
+            reason = f"the largest share is {top / 10:g} %, allowed are {most / 10:g} %"
+            result = Result.PASS if top <= most else Result.FAIL
+            yield _one("14", str(round_), result, at, reason)
+
+
+def q16_certificates(evidence: Evidence) -> Iterator[Record]:
+    """Every certificate of a node answers a request in the log, and every request was answered.
+
+    A certificate for a node without one is refused when the leaf is read (``replay``).
+    """
+    answered = {
+        Digest(taken.said.request)
+        for taken in evidence.of(CertIssued)
+        if isinstance(taken.said, CertIssued) and taken.said.request is not None
+    }
+    issued = [taken.index for taken in evidence.of(CertIssued)]
+    waiting = [taken for taken in evidence.of(EnrolRequest) if taken.leaf.hash not in answered]
+    reason = f"{len(issued)} certificates, each of a node asked for in the log"
+    if waiting:
+        names = {taken.holder.name for taken in waiting}
+        reason += f"; requests without a certificate: {', '.join(sorted(names))}"
+    if evidence.policy is None:
+        reason += "; the requests are signed by the nodes themselves, not yet by institutions"
+        result = Result.UNKNOWN
+    else:
+        result = Result.PASS
+    yield Record(id="16", round=None, result=result, leaves=tuple(issued), reason=reason)
+
+
+def q19_releases(evidence: Evidence) -> Iterator[Record]:
+    """A released model has two passing reports by different evaluators, and the board approved."""
+    reports = {taken.leaf.hash: taken for taken in evidence.of(EvalReport)}
+    found = list(evidence.of(ReleaseApproved))
+    for taken in found:
+        said = taken.said
+        if not isinstance(said, ReleaseApproved):
+            continue
+        what = f"model {said.model[:12]}…"
+        used = [reports.get(Digest(digest)) for digest in said.reports]
+        good = {
+            report.said.evaluator
+            for report in used
+            if report is not None
+            and report.index < taken.index
+            and isinstance(report.said, EvalReport)
+            and report.said.model == said.model
+            and all(gate.passed for gate in report.said.gates)
+        }
+        if len(good) < 2:
+            reason = f"{what}: {len(good)} passing reports by different evaluators, 2 are needed"
+            yield _one("19", None, Result.FAIL, taken.index, reason)
+        elif evidence.policy is None:
+            reason = f"{what}: {len(good)} passing reports; {NO_POLICY} to name the board"
+            yield _one("19", None, Result.UNKNOWN, taken.index, reason)
+        else:
+            need = evidence.policy.governance.release_board.threshold
+            signers = len({approval.key for approval in said.approvals})
+            result = Result.UNKNOWN if signers >= need else Result.FAIL
+            reason = f"{what}: {signers} of {need} approvals, keys not verified here"
+            yield _one("19", None, result, taken.index, reason)
+    if not found:
+        yield Record(
+            id="19", round=None, result=Result.PASS, leaves=(), reason="no model was released"
+        )
+
+
+def q20_resources(evidence: Evidence) -> Iterator[Record]:
+    """What the nodes claim to have used, added up. Claims: signed, and not provable."""
+    totals = {"gpu_seconds": 0, "energy_wh": 0, "bytes": 0}
+    leaves, silent = [], 0
+    for taken in evidence.of(UpdateCommit):
+        if not isinstance(taken.said, UpdateCommit):
+            continue
+        used = taken.said.resources
+        leaves.append(taken.index)
+        silent += used.source == "none"
+        for name in totals:
+            totals[name] += getattr(used, name)
+    reason = (
+        f"claimed: {totals['gpu_seconds'] / 3600:.1f} GPU hours, {totals['energy_wh'] / 1000:.2f}"
+        f" kWh, {totals['bytes'] / 1e6:.1f} MB"
+    )
+    if silent:
+        reason += f"; {silent} of {len(leaves)} updates claim nothing"
+    result = Result.UNKNOWN if silent or not leaves else Result.PASS
+    yield Record(id="20", round=None, result=result, leaves=tuple(leaves), reason=reason)
+
+
+def _one(id_: str, round_: str | None, result: Result, leaf: int, reason: str) -> Record:
+    return Record(id=id_, round=round_, result=result, leaves=(leaf,), reason=reason)
+
+
+def q02_policy_signed(evidence: Evidence) -> Iterator[Record]:
+    """The metadata that a round names is in the log before it, with the same digest."""
+    published = {
+        (taken.said.role, taken.said.version, taken.said.sha256): taken.index
+        for taken in evidence.of(TufPublished)
+        if isinstance(taken.said, TufPublished)
+    }
+    for round_, state in evidence.rounds.items():
+        named = state.plan.tuf
+        if not named:
+            reason = "the plan leaf names no signed metadata"
+            yield _one("2", str(round_), Result.UNKNOWN, state.plan_at, reason)
+            continue
+        wrong = [
+            f"{role} {item.version}"
+            for role, item in sorted(named.items())
+            if published.get((role, item.version, item.sha256), state.plan_at) >= state.plan_at
+        ]
+        what = ", ".join(f"{role} {item.version}" for role, item in sorted(named.items()))
+        if wrong:
+            reason = f"it names metadata that was not published before it: {', '.join(wrong)}"
+            yield _one("2", str(round_), Result.FAIL, state.plan_at, reason)
+        elif evidence.membership is None:
+            reason = f"{what}; their signatures were not verified: no root is at hand"
+            yield _one("2", str(round_), Result.UNKNOWN, state.plan_at, reason)
+        else:
+            yield _one("2", str(round_), Result.PASS, state.plan_at, f"{what}, thresholds verified")
+
+
+def q03_in_force(evidence: Evidence) -> Iterator[Record]:
+    """The metadata was in force between the witnessed times around the plan leaf."""
+    for round_, state in evidence.rounds.items():
+        membership = evidence.membership
+        if membership is None or not state.plan.tuf:
+            yield _one("3", str(round_), Result.UNKNOWN, state.plan_at, NO_POLICY)
+            continue
+        before, after = evidence.tree.written_between(state.plan_at)
+        if after is None:
+            reason = "no witness bounds the time of the plan leaf"
+            yield _one("3", str(round_), Result.UNKNOWN, state.plan_at, reason)
+            continue
+        ended = [
+            f"{role} {item.version}"
+            for role, item in sorted(state.plan.tuf.items())
+            if (expires := membership.expires(role, item.version)) is not None
+            and expires < (before or after)
+        ]
+        result = Result.FAIL if ended else Result.PASS
+        reason = f"expired: {', '.join(ended)}" if ended else "nothing that it names had expired"
+        yield _one("3", str(round_), result, state.plan_at, reason)
+
+
+def q15_suspended(evidence: Evidence) -> Iterator[Record]:
+    """Nobody who was suspended joined. Leaves by keys that are not in force are never taken."""
+    membership = evidence.membership
+    joins = [taken for taken in evidence.of(RoundJoin) if isinstance(taken.said, RoundJoin)]
+    if membership is None:
+        reason = f"{len(joins)} joins by certified keys; no signed membership is at hand"
+        yield Record(id="15", round=None, result=Result.UNKNOWN, leaves=(), reason=reason)
+        return
+    bad = [
+        taken
+        for taken in joins
+        if membership.status_at(taken.index, taken.holder.name) not in (None, "active")
+    ]
+    for taken in bad:
+        reason = f"{taken.holder.name} joined while suspended"
+        yield _one("15", None, Result.FAIL, taken.index, reason)
+    if not bad:
+        reason = f"{len(joins)} joins, all by active members"
+        yield Record(id="15", round=None, result=Result.PASS, leaves=(), reason=reason)
