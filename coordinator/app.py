@@ -32,7 +32,9 @@ from coordinator.services.enrolment import EnrolmentService, RenewalService
 from coordinator.services.errors import ErrorInterceptor
 from coordinator.services.rounds import RoundsService
 from coordinator.services.secure_sum import SecureSumService
+from coordinator.services.trust import TrustService
 from coordinator.spool import Spool
+from coordinator.trust_repository import ONLINE_KEY, TrustRepository, load_online_key
 from protocols.errors import ConfigurationError
 from protocols.gen import (
     admin_pb2_grpc,
@@ -40,6 +42,7 @@ from protocols.gen import (
     enrolment_pb2_grpc,
     rounds_pb2_grpc,
     secure_sum_pb2_grpc,
+    trust_pb2_grpc,
 )
 
 logger = logging.getLogger(__name__)
@@ -75,6 +78,28 @@ class Parts:
     layouts: Layouts
     authority: CertificateAuthority
     callers: Callers
+    trust: TrustRepository | None  # None: a coordinator made before there was governance
+
+
+def open_trust(config: CoordinatorConfig, clock: Clock) -> TrustRepository | None:
+    """The trust repository of a coordinator.
+
+    Raises:
+        ConfigurationError: governance is required and the online key is missing.
+        TrustRefusedError, ForgedError: the folder does not verify.
+    """
+    path = config.keys / ONLINE_KEY
+    if not config.governed and not path.exists():
+        return None
+    trust = TrustRepository(
+        config.trust,
+        federation=config.federation,
+        key=load_online_key(path),
+        clock=clock,
+        required=config.governed,
+    )
+    trust.load()
+    return trust
 
 
 async def build(config: CoordinatorConfig, clock: Clock) -> Parts:
@@ -92,6 +117,7 @@ async def build(config: CoordinatorConfig, clock: Clock) -> Parts:
     spool = Spool(config.spool, min_free_bytes=config.min_free_bytes)
     spool.prepare()
     layouts = Layouts(blobs)
+    trust = open_trust(config, clock)
     return Parts(
         config=config,
         clock=clock,
@@ -100,7 +126,8 @@ async def build(config: CoordinatorConfig, clock: Clock) -> Parts:
         spool=spool,
         layouts=layouts,
         authority=authority,
-        callers=Callers(config.federation, ledger, clock),
+        callers=Callers(config.federation, ledger, clock, trust),
+        trust=trust,
     )
 
 
@@ -140,9 +167,14 @@ def main_server(parts: Parts) -> grpc.aio.Server:
             clock=clock,
             blobs=parts.blobs,
             authority=parts.authority,
+            trust=parts.trust,
         ),
         server,
     )
+    if parts.trust is not None:
+        trust_pb2_grpc.add_TrustServicer_to_server(
+            TrustService(callers=callers, ledger=ledger, trust=parts.trust), server
+        )
     # Registered first for the methods protoc knows; the raw ones are a second handler.
     bulk_pb2_grpc.add_BulkServicer_to_server(bulk, server)
     server.add_generic_rpc_handlers((raw_handlers(bulk),))
@@ -152,6 +184,7 @@ def main_server(parts: Parts) -> grpc.aio.Server:
         ledger=parts.ledger,
         clock=parts.clock,
         hours=parts.config.node_certificate_hours,
+        trust=parts.trust,
     )
     enrolment_pb2_grpc.add_RenewalServicer_to_server(renewal, server)
     keys = parts.config.keys
@@ -176,6 +209,7 @@ def enrolment_server(parts: Parts) -> grpc.aio.Server:
         ledger=parts.ledger,
         clock=parts.clock,
         hours=parts.config.node_certificate_hours,
+        trust=parts.trust,
     )
     enrolment_pb2_grpc.add_EnrolmentServicer_to_server(service, server)
     keys = parts.config.keys
@@ -220,6 +254,7 @@ async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
         blobs=parts.blobs,
         layouts=parts.layouts,
         spool=config.spool,
+        trust=parts.trust,
     )
     retention = RetentionDriver(
         ledger=parts.ledger,
@@ -238,15 +273,16 @@ async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
         )
         driving = asyncio.create_task(driver.run(), name="round driver")
         retaining = asyncio.create_task(retention.run(), name="retention")
+        tasks = {driving, retaining}
+        if parts.trust is not None:
+            tasks.add(asyncio.create_task(parts.trust.run(), name="trust"))
         stopped = asyncio.create_task(stopping.wait())
-        done, _ = await asyncio.wait(
-            {driving, retaining, stopped}, return_when=asyncio.FIRST_COMPLETED
-        )
+        done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
         for task in done - {stopped}:
             task.result()  # a driver never ends by itself: raise what stopped it
-        for task in (driving, retaining):
+        for task in tasks:
             task.cancel()
-        await asyncio.wait({driving, retaining}, timeout=_GRACE_S)
+        await asyncio.wait(tasks, timeout=_GRACE_S)
     finally:
         await asyncio.gather(*(server.stop(_GRACE_S) for server in servers))
         await parts.ledger.close()

@@ -14,6 +14,9 @@ min_free_mb = 256
 upload_retention_days = 30          # masked or open uploads kept for audit
 [certificates]
 node_hours = 720
+[governance]
+require = true                      # nothing runs before the admins have signed a root
+folder = "../tuf"
 """
 
 from __future__ import annotations
@@ -64,12 +67,18 @@ class _Certificates(_Section):
     node_hours: int = Field(default=720, ge=1, le=8760)
 
 
+class _Governance(_Section):
+    require: bool = False
+    folder: Path = Path("../tuf")
+
+
 class _File(_Section):
     federation: Annotated[str, AfterValidator(parse_federation_id)]
     listen: _Listen
     ledger: _Ledger
     storage: _Storage = _Storage()
     certificates: _Certificates = _Certificates()
+    governance: _Governance = _Governance()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +97,8 @@ class CoordinatorConfig:
     min_free_bytes: int
     upload_retention_days: int
     node_certificate_hours: int
+    trust: Path
+    governed: bool  # a run, an invitation and a certificate need what the admins signed
 
 
 def ledger_url(url: str, folder: Path) -> str:
@@ -132,4 +143,6 @@ def load_config(path: Path) -> CoordinatorConfig:
         min_free_bytes=file.storage.min_free_mb * 2**20,
         upload_retention_days=file.storage.upload_retention_days,
         node_certificate_hours=file.certificates.node_hours,
+        trust=(folder / file.governance.folder).resolve(),
+        governed=file.governance.require,
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator.ca import (
     COORDINATOR_DAYS,
@@ -21,9 +23,13 @@ from coordinator.ca import (
 from coordinator.clock import SystemClock
 from coordinator.config import CoordinatorConfig, load_config
 from coordinator.ledger import Ledger
+from coordinator.trust_repository import ONLINE_KEY
+from protocols.canonical import canonical_bytes, sha256_hex
 from protocols.crypto.identity import Identity, spki_digest
+from protocols.crypto.signatures import public_bytes
 from protocols.errors import ExistsError
-from protocols.identifiers import parse_federation_id, parse_node_id
+from protocols.governance.keys import ed25519_key, key_to_value
+from protocols.identifiers import FederationId, parse_federation_id, parse_node_id
 
 OPERATOR_DAYS = 365
 
@@ -38,9 +44,13 @@ def initialise(
     hosts: tuple[str, ...],
     ledger: str,
     operator: str,
+    governed: bool = False,
     now: datetime | None = None,
 ) -> Path:
     """Make ``folder/coordinator``.
+
+    With ``governed`` nothing runs before the federation is founded: its admins sign a root that
+    gives snapshot and timestamp to the online key made here, which ``founding.json`` names.
 
     Raises:
         ExistsError: there is one already; nothing is overwritten.
@@ -82,13 +92,40 @@ def initialise(
     write_private(keys / "operator.key", key_pem(person_key))
     (keys / "operator.crt").write_bytes(certificate_pem(person))
 
+    online = Ed25519PrivateKey.generate()
+    write_private(
+        keys / ONLINE_KEY,
+        online.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ),
+    )
+    (home / "founding.json").write_bytes(founding_statement(name, online, authority.certificate))
+
     listen = {"address": address, "enrolment": enrolment, "public_address": public}
-    document = {"federation": name, "listen": listen, "ledger": {"url": ledger}}
+    document: dict[str, Any] = {"federation": name, "listen": listen, "ledger": {"url": ledger}}
+    if governed:
+        document["governance"] = {"require": True}
     (home / "config.toml").write_bytes(tomli_w.dumps(document).encode())
     config = load_config(home / "config.toml")
 
     asyncio.run(_register(config, person, operator_name))
     return home
+
+
+def founding_statement(
+    federation: FederationId, online: Ed25519PrivateKey, root: x509.Certificate
+) -> bytes:
+    """What admins need to know of a coordinator before they sign the first root: all public."""
+    return canonical_bytes(
+        {
+            "schema": "minga.founding/1",
+            "federation": federation,
+            "online": key_to_value(ed25519_key(public_bytes(online))),
+            "ca_sha256": sha256_hex(root.public_bytes(serialization.Encoding.DER)),
+        }
+    )
 
 
 async def _register(config: CoordinatorConfig, person: x509.Certificate, name: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import Metadata, Snapshot, Timestamp
+from tuf.api.metadata import Metadata, Root, Snapshot, Timestamp
 
 from coordinator.clock import Clock
 from policies.trust import Change, check_successor
@@ -48,6 +48,7 @@ from protocols.governance.repository import (
     sha256_of,
     verify_repository,
 )
+from protocols.governance.signers import read_charter
 from protocols.identifiers import Digest, FederationId
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,12 @@ class TrustRepository:
         state = verify_repository(
             MemoryFiles(served), trusted_root=first, now=self._clock.now(), offline=True
         )
-        self._take(served, state, (stat.st_mtime_ns, stat.st_ino))
+        public = {
+            name: data
+            for name, data in served.items()
+            if _version_of(name)[1] <= state.versions.get(_version_of(name)[0], 0)
+        }
+        self._take(public, state, (stat.st_mtime_ns, stat.st_ino))
 
     def _without_later(self, files: dict[str, bytes]) -> dict[str, bytes]:
         """Roots beyond the served one are left out: ``served-root`` says how far they count."""
@@ -186,6 +192,7 @@ class TrustRepository:
             TrustRefusedError: trust.bootstrap: governance is required and there is none yet;
                 trust.expired: it is past its time.
         """
+        self.refresh_from_disk()
         if self._state is None:
             if self.required:
                 raise TrustRefusedError(
@@ -246,6 +253,7 @@ class TrustRepository:
 
     async def _publish(self, files: dict[str, bytes]) -> list[Change]:
         before, now = self._state, self._clock.now()
+        self._check_online(files)
         online = self._make_online(latest_files(files, before), now, new_snapshot=True)
         merged = {**self._files, **files, **online}
         first = merged.get("metadata/1.root.json")
@@ -257,16 +265,23 @@ class TrustRepository:
                 f"the root is of federation {after.federation}, this is {self._federation}",
                 rule="trust.shape",
             )
-        if after.charter.online != self._signer.public_key.keyid:
-            raise TrustRefusedError(
-                "the root gives snapshot and timestamp to another key than this coordinator's",
-                rule="trust.shape",
-            )
         changes = check_successor(before, after)
         await self._bring_out(files, online, merged, after)
         for change in changes:
             logger.info("in force: %s", change.words)
         return changes
+
+    def _check_online(self, files: Mapping[str, bytes]) -> None:
+        """A root that would take the online roles away from this coordinator is not for it."""
+        for name, data in files.items():
+            if name.endswith(".root.json"):
+                charter = read_charter(parse_metadata(data, Root).signed)
+                if charter.online != self._signer.public_key.keyid:
+                    raise TrustRefusedError(
+                        "the root gives snapshot and timestamp to another key than this "
+                        "coordinator's",
+                        rule="trust.shape",
+                    )
 
     async def refresh(self) -> bool:
         """Sign the timestamp again, and the snapshot, before they expire.
@@ -393,6 +408,14 @@ class TrustRepository:
             except FederationError as error:
                 logger.warning("the trust repository cannot be renewed: %s", error.diagnostics())
             await asyncio.sleep(_LOOK_S)
+
+
+def _version_of(name: str) -> tuple[str, int]:
+    """Role and version of a metadata file; version 0 for what has none."""
+    version, dot, role = name.removeprefix("metadata/").removesuffix(".json").partition(".")
+    if not name.startswith("metadata/") or not dot or not version.isdigit():
+        return "", 0
+    return role, int(version)
 
 
 def _published(files: Mapping[str, bytes]) -> tuple[PublishedFile, ...]:

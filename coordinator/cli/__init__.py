@@ -35,6 +35,13 @@ def init(
     operator: Annotated[
         str, typer.Option(help="Name in the first operator certificate.")
     ] = "cenia",
+    governed: Annotated[
+        bool,
+        typer.Option(
+            "--governed/--ungoverned",
+            help="Whether nothing runs before admins have signed a root; ungoverned is for tests.",
+        ),
+    ] = True,
 ) -> None:
     """Make the certificate authority, the coordinator's and an operator's certificate."""
     from coordinator.setup import initialise
@@ -48,8 +55,17 @@ def init(
         hosts=tuple(host or ()),
         ledger=ledger,
         operator=operator,
+        governed=governed,
     )
     typer.echo(f"made {made}")
+    if governed:
+        typer.echo(
+            f"its admins found the federation now: give them {made / 'founding.json'} "
+            "(`minga admin key found`)",
+            err=True,
+        )
+    else:
+        typer.echo("UNGOVERNED: whoever runs this machine decides alone what runs", err=True)
     typer.echo("the keys stay in its keys/ folder; serve with `minga coordinator serve`", err=True)
 
 

@@ -45,8 +45,11 @@ from coordinator.rounds import (
 )
 from coordinator.secure_sum import Opening, Sum, open_masks
 from coordinator.spool import upload_path
+from coordinator.trust_repository import TrustRepository
 from protocols.errors import FederationError, IntegrityError
-from protocols.identifiers import Digest, RoundId
+from protocols.governance.documents import run_refusal
+from protocols.governance.repository import sha256_of
+from protocols.identifiers import Digest, RoundId, RunId
 from protocols.plan import Plan
 from protocols.rounds import Released, SumFailed, TimePassed, deadline
 from protocols.tensors.snapshot import Snapshot
@@ -104,8 +107,14 @@ def look(tx: Tx, now: datetime) -> Work:
     )
 
 
-def go_on(tx: Tx, run: RunRow, now: datetime) -> bool:
+def go_on(tx: Tx, run: RunRow, now: datetime, *, may_open: bool = True) -> bool:
     """Open the next round of a run or end it, if that is still what it needs.
+
+    Args:
+        tx: a writing transaction.
+        run: as it was read.
+        now: UTC.
+        may_open: what the admins signed lets another round open.
 
     Returns:
         Whether anything was done.
@@ -114,7 +123,7 @@ def go_on(tx: Tx, run: RunRow, now: datetime) -> bool:
     if locked.status != "active":
         return False  # stopped since we looked
     match next_of_run(locked, tx.newest_rounds(run.run, MAX_FAILURES)):
-        case OpenRound() as decision:
+        case OpenRound() as decision if may_open:
             open_next(tx, locked.plan, decision, now)
             return True
         case EndRun(status=status, why=why):
@@ -144,6 +153,7 @@ class RoundDriver:
         layouts: Layouts,
         spool: Path,
         holder: str = "",
+        trust: TrustRepository | None = None,
         add_up: Callable[..., Release] = release,
     ) -> None:
         self._ledger = ledger
@@ -153,6 +163,8 @@ class RoundDriver:
         self._spool = spool
         self._holder = holder or f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._add_up = add_up
+        self._trust = trust
+        self._held: dict[RunId, str] = {}  # runs whose next round may not open, and why
         self._fence: int | None = None
         self._renew_at: datetime | None = None
         self._adding: dict[RoundId, asyncio.Task[None]] = {}
@@ -208,7 +220,8 @@ class RoundDriver:
             for row, plan in work.to_open:
                 self._begin_adding(row, plan, now)
             for run in work.runs:
-                await self._fenced("next_round", partial(go_on, run=run, now=now))
+                may = self._may_open(run, now)
+                await self._fenced("next_round", partial(go_on, run=run, now=now, may_open=may))
         except LeaseLostError:
             self._fence = self._renew_at = None
             raise
@@ -223,6 +236,27 @@ class RoundDriver:
         """Wait until nothing is being added up any more: for simulations."""
         while self._adding:
             await asyncio.gather(*self._adding.values(), return_exceptions=True)
+
+    def _may_open(self, run: RunRow, now: datetime) -> bool:
+        """Whether the signed terms still let a round of this run open."""
+        if self._trust is None:
+            return True
+        try:
+            state = self._trust.state()
+            refusal = None
+            if state is not None:
+                refusal = state.plan_signed(run.run, sha256_of(run.plan_bytes)) or run_refusal(
+                    state.emergencies, run.run, run.plan_digest, now
+                )
+            if refusal is not None:
+                raise refusal
+        except FederationError as error:
+            if self._held.get(run.run) != str(error):
+                logger.warning("run %s waits: %s", run.run, error.diagnostics())
+            self._held[run.run] = str(error)
+            return False
+        self._held.pop(run.run, None)
+        return True
 
     # -- the lease ---------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ from coordinator.rounds import advance, why_now
 from coordinator.services.caller import Callers
 from coordinator.services.facts import full_facts, history_entry, node_facts, run_facts
 from coordinator.services.progress import read_progress
-from coordinator.services.submission import check_roster, check_submission
+from coordinator.services.submission import check_roster, check_submission, check_terms
+from coordinator.trust_repository import TrustRepository
 from protocols.enrolment import SECRET_BYTES, Invitation
 from protocols.errors import MalformedMessageError, NotFoundError, RefusedError
 from protocols.gen import admin_pb2, admin_pb2_grpc, rounds_pb2
@@ -52,6 +53,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         clock: Clock,
         blobs: Blobs,
         authority: CertificateAuthority,
+        trust: TrustRepository | None = None,
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         self._callers = callers
@@ -60,6 +62,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._blobs = blobs
         self._authority = authority
         self._random_bytes = random_bytes
+        self._trust = trust
 
     # -- members -----------------------------------------------------------------------------
 
@@ -74,7 +77,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 f"an invitation is valid for 1 to {MAX_INVITATION_HOURS} hours,"
                 f" not {request.valid_hours}"
             )
+        self._callers.member(institution)  # once founded, only a signed member is invited
         expires_at = self._clock.now() + timedelta(hours=request.valid_hours)
+        first = self._trust.first_root() if self._trust is not None else None
         secret = self._random_bytes(SECRET_BYTES)
         token_hash = hashlib.sha256(secret).digest()
         await self._ledger.run(
@@ -84,6 +89,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             institution=institution,
             secret=secret,
             root_der=self._authority.certificate.public_bytes(Encoding.DER),
+            trust_root=b"" if first is None else hashlib.sha256(first).digest(),
         )
         return admin_pb2.InviteResponse(token=invitation.to_text(), expires_at_ms=to_ms(expires_at))
 
@@ -112,6 +118,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         )
         await asyncio.to_thread(self._blobs.put_bytes, request.snapshot)  # for auditors
         now = self._clock.now()
+        state = self._trust.state() if self._trust is not None else None
+        if state is not None:
+            rows = await self._ledger.read("nodes", Tx.nodes)
+            check_terms(plan, request.plan, state, {row.node: row for row in rows}, now)
         return await self._ledger.run(
             "submit_run", lambda tx: submit(tx, plan, request.snapshot, operator.name, now)
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -42,6 +42,7 @@ from protocols.upload import UploadHeader, check_unit_hashes, verify_header
 from protocols.wire import read_bytes, read_digest_bytes
 
 _MAX_BLOB = 2**42  # bytes
+BATCH = 4 * 2**20  # bytes of a stream after which the caller is looked at again
 Context: TypeAlias = grpc.aio.ServicerContext
 
 
@@ -209,7 +210,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
         header, arriving = await self._find_upload(upload_id, node)
         check_may_upload((await self._phase(header.round_id)), header)
         self._spool.check_room(header.size - offset if offset <= header.size else 0)
-        received = _Counted(messages)
+        received = _Counted(messages, lambda: self._callers.node(context))
         try:
             durable = await self._spool.receive(arriving, offset, received)
         finally:
@@ -251,6 +252,8 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
                 ahead = asyncio.create_task(asyncio.to_thread(os.pread, fd, MAX_MESSAGE, offset))
                 yield data
                 sent += len(data)
+                if sent % BATCH == 0:  # a stream may outlive the right to it
+                    await self._callers.any(context)
             if offset != reader.size:
                 raise NotFoundError("the blob was removed while it was read")
         finally:
@@ -349,10 +352,14 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
 
 
 class _Counted:
-    """Passes messages on and counts their bytes."""
+    """Passes messages on, counts their bytes, and asks with every batch who sends them."""
 
-    def __init__(self, messages: AsyncIterator[bytes]) -> None:
+    def __init__(
+        self, messages: AsyncIterator[bytes], still: Callable[[], Awaitable[object]]
+    ) -> None:
         self._messages = messages
+        self._still = still
+        self._asked = 0
         self.bytes = 0
 
     def __aiter__(self) -> _Counted:
@@ -361,6 +368,9 @@ class _Counted:
     async def __anext__(self) -> bytes:
         message = await self._messages.__anext__()
         self.bytes += len(message)
+        if self.bytes - self._asked >= BATCH:
+            self._asked = self.bytes
+            await self._still()
         return message
 
 

@@ -14,6 +14,7 @@ from cryptography import x509
 
 from coordinator.clock import Clock
 from coordinator.ledger import Ledger, Tx
+from coordinator.trust_repository import TrustRepository
 from protocols.crypto.identity import (
     Identity,
     Role,
@@ -22,6 +23,8 @@ from protocols.crypto.identity import (
     spki_digest,
 )
 from protocols.errors import NotEnrolledError, NotPermittedError
+from protocols.governance.documents import member_refusal
+from protocols.governance.errors import TrustRefusedError
 from protocols.identifiers import Digest, FederationId, NodeId
 
 
@@ -38,6 +41,7 @@ class Callers:
     federation: FederationId
     ledger: Ledger
     clock: Clock
+    trust: TrustRepository | None = None
 
     async def node(self, context: grpc.aio.ServicerContext) -> NodeId:
         """The calling node: enrolled, active, its certificate one that we issued.
@@ -63,7 +67,41 @@ class Callers:
         """
         return await self._require(context, "node", "operator")
 
-    async def _require(self, context: grpc.aio.ServicerContext, *roles: Role) -> Identity:
+    async def reader(self, context: grpc.aio.ServicerContext) -> Identity:
+        """Whoever may read what is in force: also a member that is suspended learns that it is.
+
+        Raises:
+            NotEnrolledError, NotPermittedError.
+        """
+        return await self._require(context, "node", "operator", member=False)
+
+    def member(self, node: NodeId) -> None:
+        """Whether the signed membership, and no emergency, lets an institution take part now.
+
+        Raises:
+            TrustRefusedError: it does not.
+        """
+        state = self.trust.state() if self.trust is not None else None
+        if state is None:
+            return
+        now = self.clock.now()
+        refusal = member_refusal(state.members, state.emergencies, node, now)
+        if refusal is not None:
+            raise refusal
+
+    def _key_in_force(self, key: Digest) -> None:
+        """No emergency notice denies this very certificate's key."""
+        state = self.trust.state() if self.trust is not None and self.trust.founded else None
+        now = self.clock.now()
+        for name, notice in state.emergencies.items() if state else ():
+            if key in notice.deny.certificates and notice.in_force(now):
+                raise TrustRefusedError(
+                    f"the key of this certificate is denied by {name}", rule="trust.emergency"
+                )
+
+    async def _require(
+        self, context: grpc.aio.ServicerContext, *roles: Role, member: bool = True
+    ) -> Identity:
         pem = context.auth_context().get("x509_pem_cert")
         if not pem:
             raise NotEnrolledError("the call came without a client certificate")
@@ -89,4 +127,7 @@ class Callers:
         problem = await self.ledger.read("membership", check)
         if problem is not None:
             raise NotEnrolledError(f"the certificate of {identity} {problem}")
+        self._key_in_force(key)
+        if member and identity.role == "node":
+            self.member(NodeId(identity.name))
         return identity

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import timedelta
+from typing import Final
 
 import grpc
 from cryptography import x509
@@ -18,25 +19,75 @@ from coordinator.ca import CertificateAuthority
 from coordinator.clock import Clock
 from coordinator.ledger import Ledger, Tx
 from coordinator.services.caller import Callers
+from coordinator.trust_repository import TrustRepository
 from protocols.canonical import hash_fields
-from protocols.crypto.identity import Identity, read_csr, spki_digest
+from protocols.crypto.identity import Identity, read_csr, spiffe_uri, spki_digest
 from protocols.crypto.signatures import Context, verify
 from protocols.enrolment import enrolment_proof_body
 from protocols.errors import NotPermittedError, TokenRefusedError
 from protocols.gen import enrolment_pb2, enrolment_pb2_grpc
-from protocols.identifiers import NodeId, parse_node_id
+from protocols.governance.approval import check_approval, check_request
+from protocols.governance.documents import member_refusal
+from protocols.governance.errors import TrustRefusedError
+from protocols.identifiers import FederationId, NodeId, parse_node_id
 from protocols.rounds_codec import to_ms
 from protocols.wire import read_bytes
+
+MAX_APPROVAL_AGE_S: Final = 72 * 3600.0
+
+
+def check_asked_names(
+    csr: x509.CertificateSigningRequest, federation: FederationId, identity: Identity
+) -> None:
+    """A request may be silent about names, or ask for exactly its own.
+
+    The certificate's name is made here in any case; whoever asks for another one is refused, so
+    that an attempt is seen.
+
+    Raises:
+        NotPermittedError: it asks for another name, or for more than one.
+    """
+    try:
+        names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return
+    except ValueError:
+        raise NotPermittedError("the request asks for names that cannot be read") from None
+    wanted = x509.UniformResourceIdentifier(spiffe_uri(federation, identity))
+    if list(names) != [wanted]:
+        raise NotPermittedError(f"the request asks for other names than that of {identity}")
+
+
+def check_fresh_keys(
+    tx: Tx, csr: x509.CertificateSigningRequest, signing_key: bytes, node: NodeId
+) -> None:
+    """Neither key is somebody else's.
+
+    Raises:
+        NotPermittedError: one of them is.
+    """
+    known = tx.certificate(spki_digest(csr))
+    if known is not None and (known.subject_role, known.subject_name) != ("node", node):
+        raise NotPermittedError("the key of the request belongs to somebody else")
+    if any(row.signing_key == signing_key and row.node != node for row in tx.nodes()):
+        raise NotPermittedError("the signing key belongs to another node")
 
 
 class _Issuer:
     def __init__(
-        self, *, authority: CertificateAuthority, ledger: Ledger, clock: Clock, hours: int
+        self,
+        *,
+        authority: CertificateAuthority,
+        ledger: Ledger,
+        clock: Clock,
+        hours: int,
+        trust: TrustRepository | None = None,
     ) -> None:
         self._authority = authority
         self._ledger = ledger
         self._clock = clock
         self._lifetime = timedelta(hours=hours)
+        self._trust = trust
 
     def _issue(self, tx: Tx, csr: x509.CertificateSigningRequest, node: NodeId) -> bytes:
         public_key = csr.public_key()
@@ -65,7 +116,40 @@ class _Issuer:
             certificate_der=der,
             issuer_der=[root],
             not_after_ms=to_ms(until),
+            trust_root=(self._trust.first_root() if self._trust is not None else None) or b"",
         )
+
+    def _approved(self, node: NodeId, request: enrolment_pb2.EnrolRequest) -> bytes | None:
+        """The approval of the institution, verified; None: nothing is signed yet.
+
+        Raises:
+            TrustRefusedError: trust.member, trust.emergency, trust.key, trust.bootstrap …
+        """
+        state = self._trust.state() if self._trust is not None else None
+        if state is None:
+            return None
+        now = self._clock.now()
+        refusal = member_refusal(state.members, state.emergencies, node, now)
+        if refusal is not None:
+            raise refusal
+        if not request.approval:
+            raise TrustRefusedError(
+                f"{node} joins with an approval by its institution's key", rule="trust.key"
+            )
+        said = check_approval(
+            request.approval,
+            federation=state.federation,
+            institution=node,
+            keys=state.members.keys_of(node),
+        )
+        check_request(
+            said,
+            csr=request.csr_der,
+            signing_key=request.signing_key,
+            now=now,
+            max_age_s=MAX_APPROVAL_AGE_S,
+        )
+        return request.approval
 
 
 class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):
@@ -76,10 +160,14 @@ class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):
     ) -> enrolment_pb2.EnrolResponse:
         """Use a token."""
         node = parse_node_id(request.institution)
-        secret = read_bytes(request.token_secret, what="a token", size=32)
+        # Without a token: a member whose certificate expired, by its institution's word alone.
+        secret = b""
+        if request.token_secret or not request.approval:
+            secret = read_bytes(request.token_secret, what="a token", size=32)
         signing_key = read_bytes(request.signing_key, what="a signing key", size=32)
         token_hash = hashlib.sha256(secret).digest()
         csr = read_csr(request.csr_der)
+        check_asked_names(csr, self._authority.federation, Identity("node", node))
         verify(
             signing_key,
             Context.ENROLMENT,
@@ -88,14 +176,24 @@ class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):
         )
         request_hash = hash_fields("minga/enrolment-request/v1", request.csr_der, signing_key)
         now = self._clock.now()
+        approval = self._approved(node, request)
 
         def enrol(tx: Tx) -> bytes:
+            check_fresh_keys(tx, csr, signing_key, node)
+            if not secret:
+                row = tx.node(node)
+                if approval is None or row is None:
+                    raise TokenRefusedError("the first join needs an invitation")
+                if row.signing_key != signing_key:
+                    raise TokenRefusedError("another signing key needs an invitation")
+                tx.add_node(node, signing_key, now, approval)
+                return self._issue(tx, csr, node)
             before = tx.token_use(token_hash)
             if before is None:
                 institution = tx.use_token(token_hash, now, request_hash)
                 if institution != node:
                     raise TokenRefusedError("the token is for another institution")
-                tx.add_node(node, signing_key, now)
+                tx.add_node(node, signing_key, now, approval)
             elif before != request_hash:
                 raise TokenRefusedError("the token was used before")
             return self._issue(tx, csr, node)
@@ -116,6 +214,7 @@ class RenewalService(_Issuer, enrolment_pb2_grpc.RenewalServicer):
         """Certify a new key for the caller."""
         node = await self._callers.node(context)
         csr = read_csr(request.csr_der)
+        check_asked_names(csr, self._authority.federation, Identity("node", node))
         key = spki_digest(csr)
 
         def renew(tx: Tx) -> bytes:

@@ -7,11 +7,16 @@ would otherwise fail after the sites have trained.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Final
 
 from coordinator.blobs import Blobs
 from coordinator.ledger import NodeRow
-from protocols.errors import NotFoundError, PlanRefusedError
+from protocols.errors import MalformedMessageError, NotFoundError, PlanRefusedError
+from protocols.governance.approval import check_approval
+from protocols.governance.documents import member_refusal, run_refusal
+from protocols.governance.errors import TrustRefusedError
+from protocols.governance.repository import TrustState, sha256_of
 from protocols.identifiers import Digest, FederationId, NodeId
 from protocols.outer_optimizers import optimizer_for
 from protocols.plan import Plan
@@ -98,3 +103,51 @@ def check_roster(plan: Plan, known: Mapping[NodeId, NodeRow]) -> None:
         raise PlanRefusedError(
             f"not an active member of this federation: {', '.join(missing)}", rule="plan.roster"
         )
+
+
+def check_terms(
+    plan: Plan,
+    data: bytes,
+    state: TrustState,
+    known: Mapping[NodeId, NodeRow],
+    now: datetime,
+) -> None:
+    """The plan is among the signed terms, its members are members, its keys are theirs.
+
+    Args:
+        plan: as it was read.
+        data: its canonical bytes, which the admins signed.
+        state: what is in force.
+        known: enrolled nodes.
+        now: UTC.
+
+    Raises:
+        TrustRefusedError: trust.plan, trust.member, trust.emergency or trust.key.
+    """
+    refusal = state.plan_signed(plan.run_id, sha256_of(data)) or run_refusal(
+        state.emergencies, plan.run_id, plan.digest, now
+    )
+    for node in plan.roster_ids:
+        refusal = refusal or member_refusal(state.members, state.emergencies, node, now)
+    if refusal is not None:
+        raise refusal
+    for node in plan.roster_ids if plan.secagg is not None else ():
+        row = known.get(node)
+        if row is None or row.approval is None:
+            raise TrustRefusedError(
+                f"{node} has no approval of its institution: it joins again", rule="trust.key"
+            )
+        try:
+            said = check_approval(
+                row.approval,
+                federation=state.federation,
+                institution=node,
+                keys=state.members.keys_of(node),
+            )
+        except MalformedMessageError as error:
+            raise TrustRefusedError(f"{node}: {error}", rule="trust.key") from None
+        if plan.secagg is not None and plan.secagg.keys[node] != said.signing_key:
+            raise TrustRefusedError(
+                f"the plan names another signing key for {node} than its institution approved",
+                rule="trust.key",
+            )

@@ -74,7 +74,7 @@ class Federation:
         main, enrolment = free_ports(2) if port == 0 else (port, port + 1)
         command = self._minga(
             "coordinator", "init", "--dir", str(self.folder), "--federation", name,
-            "--address", f"{_HOST}:{main}", "--enrolment", f"{_HOST}:{enrolment}",
+            "--address", f"{_HOST}:{main}", "--enrolment", f"{_HOST}:{enrolment}", "--ungoverned",
         )  # fmt: skip
         self.household.run("coordinator init", command, log=self.folder / "init.log")
         (self.folder / "init.log").replace(self.log(COORDINATOR))

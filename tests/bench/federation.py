@@ -91,7 +91,7 @@ class Federation:
         address, enrolment = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self.minga(
             "coordinator", "init", "--dir", str(self.folder), "--federation", "bench",
-            "--address", address, "--enrolment", enrolment, name="coordinator init",
+            "--address", address, "--enrolment", enrolment, "--ungoverned", name="coordinator init",
         )  # fmt: skip
         self.address, self.enrolment = address, enrolment
         process = self._stage.start(

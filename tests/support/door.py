@@ -39,6 +39,7 @@ from protocols.gen import (
     enrolment_pb2,
     enrolment_pb2_grpc,
     rounds_pb2_grpc,
+    trust_pb2_grpc,
 )
 from protocols.identifiers import NodeId, RoundId
 from protocols.plan import Plan
@@ -90,6 +91,7 @@ class Client:
         self.rounds = rounds_pb2_grpc.RoundsStub(self.channel)
         self.admin = admin_pb2_grpc.AdminStub(self.channel)
         self.renewal = enrolment_pb2_grpc.RenewalStub(self.channel)
+        self.trust = trust_pb2_grpc.TrustStub(self.channel)
 
     def append(self, upload_id: bytes, offset: int, messages: list[bytes], **kwargs: Any) -> int:
         """Send raw messages; the durable offset."""
@@ -107,7 +109,7 @@ class Client:
 class Door:
     """A served coordinator and the means to knock."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, governed: bool = False) -> None:
         self.folder = folder
         self.address = f"127.0.0.1:{free_port()}"
         self.enrolment = f"127.0.0.1:{free_port()}"
@@ -120,6 +122,7 @@ class Door:
             hosts=(),
             ledger="sqlite:///ledger.sqlite",
             operator="cenia",
+            governed=governed,
         )
         self.config = load_config(folder / "coordinator" / "config.toml")
         self.authority = CertificateAuthority.load(self.config.federation, self.config.keys)
@@ -242,7 +245,9 @@ class Door:
 
     # -- runs --------------------------------------------------------------------------------
 
-    def make_run(self, run: str = "r1", coordinates: int = 1000, **changes: Any) -> Plan:
+    def make_run(
+        self, run: str = "r1", coordinates: int = 1000, *, submit: bool = True, **changes: Any
+    ) -> Plan:
         """A run over a zero vector, its blobs in place; no round is open yet."""
         from protocols.tensors.manifest import Manifest, TensorSpec
 
@@ -267,7 +272,8 @@ class Door:
             }
         }
         plan = Plan.from_value(value)
-        self.ledger(lambda tx: tx.add_run(plan, snapshot.to_bytes(), datetime.now(UTC)))
+        if submit:
+            self.ledger(lambda tx: tx.add_run(plan, snapshot.to_bytes(), datetime.now(UTC)))
         self.snapshots[run] = snapshot
         self.coordinates[run] = coordinates
         return plan
@@ -318,9 +324,9 @@ def packed(data: bytes) -> tuple[bytes, tuple[bytes, ...]]:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[Door]:
+def served(folder: Path, *, governed: bool = False) -> Iterator[Door]:
     """A door that is open for the length of a test."""
-    door = Door(folder)
+    door = Door(folder, governed=governed)
     door.start()
     try:
         yield door

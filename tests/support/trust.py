@@ -12,16 +12,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner, Signer, SSlibKey
 
 import policies.example
+from coordinator.trust_repository import ONLINE_KEY, load_online_key
 from infra.admin.keys import Card
-from infra.admin.proposals import Base, Founding, _needed, propose_founding
+from infra.admin.proposals import Base, Founding, _needed, propose_founding, read_files
 from policies.trust import POLICY_DOCUMENT
 from protocols.canonical import canonical_bytes
+from protocols.gen import trust_pb2
 from protocols.governance import roles
 from protocols.governance.building import latest_files, next_online, serialize, timestamp_over
 from protocols.governance.documents import Institution, Members, time_text
@@ -114,6 +117,7 @@ class World:
     now: datetime = NOW
     files: dict[str, bytes] = field(default_factory=dict)
     state: TrustState | None = None
+    online_key: Ed25519PrivateKey = field(default_factory=lambda: private("online"), repr=False)
 
     @property
     def cards(self) -> list[Card]:
@@ -123,7 +127,7 @@ class World:
     @property
     def online(self) -> SSlibKey:
         """The coordinator's key."""
-        return ed25519_key(public("online"))
+        return ed25519_key(self.online_key.public_key().public_bytes_raw())
 
     def members(self) -> Members:
         """The first members."""
@@ -184,7 +188,7 @@ class World:
         made, _ = next_online(
             latest_files(files, self.state), snapshot=number, timestamp=1, now=self.now
         )
-        online = signer(self.online, "online")
+        online = CryptoSigner(self.online_key, self.online)
         made.sign(online)
         snapshot = serialize(made)
         timestamp = timestamp_over(snapshot, snapshot=number, timestamp=stamp, now=self.now)
@@ -213,6 +217,27 @@ class World:
         self.state = self.verify(files, previous=self.state)
         self.files = files
         return self.state
+
+    def enact_at(
+        self,
+        door: Any,
+        request: SigningRequest,
+        people: Iterable[str],
+        keys: Any = MappingProxyType({}),
+    ) -> list[str]:
+        """Sign, bring it to a served coordinator, and read what is in force there."""
+        files = self.signed(request, people, keys)
+        message = trust_pb2.PublishTrustRequest(files=files)
+        changes = door.operator().trust.Publish(message, timeout=20).changes
+        self.files = read_files(door.config.trust)
+        self.state = self.verify(self.files, previous=self.state)
+        return list(changes)
+
+    def found_at(self, door: Any, **changes: Any) -> None:
+        """Found the federation of a served coordinator."""
+        self.online_key = load_online_key(door.config.keys / ONLINE_KEY)
+        request = propose_founding(self.founding(**changes), now=self.now)
+        self.enact_at(door, request, [admin[0] for admin in self.admins])
 
     def write(self, folder: Path) -> None:
         """Put the repository into a folder."""
