@@ -3,7 +3,7 @@
 #   make demo                 a federation of four sites on this machine
 #   make test ARGS="-k merkle"  arguments for pytest; every target passes ARGS on
 
-.PHONY: help venv demo test bench bench-peers lint fmt proto clean
+.PHONY: help venv demo test slurm-test bench bench-peers lint fmt proto clean
 .DEFAULT_GOAL := help
 
 # The first Python that is new enough and can make environments; or say it: make venv PYTHON=...
@@ -15,7 +15,7 @@ ARGS =
 PACKAGES = protocols policies coordinator node_agent infra
 
 help:
-	@echo "make venv | demo | test | bench | bench-peers | lint | fmt | proto | clean   (ARGS=... is passed on)"
+	@echo "make venv | demo | test | slurm-test | bench | bench-peers | lint | fmt | proto | clean   (ARGS=... is passed on)"
 
 venv: .venv/installed
 
@@ -31,6 +31,10 @@ demo: venv
 
 test: venv
 	.venv/bin/python -m pytest $(ARGS)
+
+# A part of `make test`: a private Slurm cluster of one node; skipped without slurm-wlm, munge or root.
+slurm-test: venv
+	.venv/bin/python -m pytest -m slurm tests/faults/test_launcher_slurm.py $(ARGS)
 
 bench: venv
 	.venv/bin/python -m tests.bench $(ARGS)

@@ -32,6 +32,8 @@ python_path = ["apps"]             # where apps come from; left out: whatever Py
 node_config = "partition-id=3"     # node_config of an app's Context, in Flower's own notation
 [limits]
 cpu_threads = 1                    # for encoding and for the outer step
+[launcher]
+kind = "local"                     # "slurm": node_agent/launchers/slurm_config.py has its keys
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from node_agent.launchers.slurm_config import LauncherConfig
 from protocols.errors import ConfigurationError
 from protocols.identifiers import (
     FederationId,
@@ -119,6 +122,7 @@ class _File(_Section):
     allow: AllowConfig = AllowConfig()
     flower: FlowerConfig = FlowerConfig()
     limits: LimitsConfig = LimitsConfig()
+    launcher: LauncherConfig = LauncherConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,7 @@ class NodeConfig:
     allow: AllowConfig
     limits: LimitsConfig
     flower: FlowerConfig = field(default_factory=FlowerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
 
 def _absolute(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -234,6 +239,11 @@ def load_config(folder: NodeFolder) -> NodeConfig:
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         raise ConfigurationError(f"{path}: {where}: {reason}") from None
+    if file.launcher.slurm and "flower" in file.allow.local_steps:
+        raise ConfigurationError(
+            f"{path}: allow.local_steps: Flower apps run beside the agent, which on a login node"
+            ' they must not; leave out "flower" or set [launcher] kind = "local"'
+        )
     base = path.resolve().parent
     return NodeConfig(
         institution=NodeId(file.institution),
@@ -250,6 +260,7 @@ def load_config(folder: NodeFolder) -> NodeConfig:
             python_path=_absolute(file.flower.python_path, base),
             node_config=file.flower.node_config,
         ),
+        launcher=file.launcher,
     )
 
 

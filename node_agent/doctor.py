@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,8 +30,12 @@ from node_agent.journal import Journal
 from node_agent.keys import KeyStore, TlsIdentity
 from node_agent.launchers.local import LocalLauncher, check_started, worker_command
 from node_agent.launchers.local import worker_environment as environment_of
+from node_agent.launchers.slurm_commands import Slurm, SlurmBusyError, SlurmError
+from node_agent.launchers.slurm_rules import waits_line
+from node_agent.launchers.slurm_script import job_name
 from node_agent.lock import lock_holder
 from node_agent.models import Models
+from node_agent.site import slurm_launcher
 from node_agent.spool import Spool
 from node_agent.view import View, read_view
 from node_agent.worker.data import DataError, index_corpus
@@ -300,6 +305,39 @@ def _worker_starts(node: NodeFolder, config: NodeConfig) -> Finding:
     return ok("worker", f"ready after {seconds:.1f} s")
 
 
+def check_slurm(
+    node: NodeFolder, config: NodeConfig, slurm: Slurm, *, hand_in: bool
+) -> Iterator[Finding]:
+    """Whether Slurm would take this site's allocation, and when it would start."""
+    what, mend = "slurm", "correct [launcher] in config.toml; infra/slurm/README.md explains it"
+    missing = slurm.missing()
+    if missing:
+        sentence = f"{', '.join(missing)} cannot be found: is this a login node of the cluster?"
+        yield Finding(what=what, level="refused", sentence=sentence, mend=mend)
+        return
+    launcher = slurm_launcher(node, config, rng=SystemRandom())
+    held = launcher.held
+    if held:
+        yield Finding(what=what, level="refused", sentence=held, mend="minga node resume --dir …")
+    try:
+        text = launcher.script(job_name(config.institution, "doctor"), "doctor")
+        if not hand_in:
+            yield ok(what, f"a batch script for {config.launcher.nodes} nodes can be written")
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "doctor.sh"
+            script.write_text(text, encoding="utf-8")
+            said = slurm.test(script)
+    except SlurmBusyError as error:
+        again = "try again later; Slurm's controller must be reachable from here"
+        yield Finding(what=what, level="not_ready", sentence=str(error), mend=again)
+    except (SlurmError, FederationError) as error:
+        yield Finding(what=what, level="refused", sentence=str(error), mend=mend)
+    else:
+        yield ok(what, said)
+    yield ok("slurm queue", f"{waits_line(launcher.waits)}: plans' deadlines should allow for it")
+
+
 def examine(
     folder: Path,
     *,
@@ -336,7 +374,9 @@ def examine(
     found.append(check_data("train", config.data.train, needed=bool(trains)))
     found.append(check_data("valid", config.data.valid, needed=False))
     found.extend(check_disk(node, view))
-    if trains:
+    if trains and config.launcher.slurm:
+        found.extend(check_slurm(node, config, Slurm.here(), hand_in=start_worker))
+    elif trains:
         found.append(check_devices(config, probe))
         if start_worker:
             found.append(_worker_starts(node, config))

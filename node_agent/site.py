@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from random import Random
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -19,12 +21,16 @@ from node_agent.launchers.jobs import Launcher
 from node_agent.launchers.local import (
     LocalLauncher,
     flower_command,
+    worker_arguments,
     worker_command,
     worker_environment,
 )
+from node_agent.launchers.slurm import SlurmLauncher
 from node_agent.models import Models
 from node_agent.spool import Spool
 from protocols.identifiers import NodeId
+
+_PATIENT: Final = ("--lock-wait-s", "120")  # the worker of the allocation before may be leaving
 
 
 def utc_now() -> datetime:
@@ -57,6 +63,8 @@ class Site:
 
 def make_launchers(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> dict[str, Launcher]:
     """The workers of a site: one for training, one for Flower client apps."""
+    if config.launcher.slurm:
+        return {"builtin": slurm_launcher(folder, config, rng=rng)}
     environment = worker_environment(config.worker, os.environ)
     common = {
         "environment": environment,
@@ -64,7 +72,7 @@ def make_launchers(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> di
         "hangs_after_s": config.worker.hangs_after_s,
         "rng": rng,
     }
-    builtin, flower = Spool(folder.spool.absolute()), Spool(folder.flower_spool.absolute())
+    builtin, flower = Spool(folder.spool.resolve()), Spool(folder.flower_spool.resolve())
     pid = os.getpid()
     return {
         "builtin": LocalLauncher(
@@ -78,6 +86,25 @@ def make_launchers(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> di
             **common,  # type: ignore[arg-type]
         ),
     }
+
+
+def slurm_launcher(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> SlurmLauncher:
+    """The worker of a site with Slurm."""
+    launcher = config.launcher
+    if not launcher.python:
+        launcher = launcher.model_copy(update={"python": sys.executable})
+    spool = Spool(folder.spool.resolve())  # where compute nodes see it, whatever links lead there
+    return SlurmLauncher(
+        spool=spool,
+        config=launcher,
+        institution=config.institution,
+        worker=("node_agent.worker", *worker_arguments(config.worker, spool), *_PATIENT),
+        ranks=launcher.gpus_per_node or config.worker.ranks,
+        environment=worker_environment(config.worker, {}),
+        start_within_s=config.worker.start_within_s,
+        hangs_after_s=config.worker.hangs_after_s,
+        rng=rng,
+    )
 
 
 def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
@@ -96,7 +123,7 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
         keys=keys,
         signing_key=signing_key,
         journal=Journal(folder.journal, now=utc_now),
-        models=Models(folder.models.absolute()),
+        models=Models(folder.models.resolve()),
         connection=Connection(config.coordinator, identity, rng=rng),
         launchers=make_launchers(folder, config, rng=rng),
         rng=rng,

@@ -150,12 +150,13 @@ def pause(folder: Folder, as_json: AsJson = False) -> None:
 
 @app.command()
 def resume(folder: Folder, as_json: AsJson = False) -> None:
-    """Take part again."""
+    """Take part again; with Slurm, also after somebody cancelled the allocation."""
     _set_paused(folder, paused=False, as_json=as_json)
 
 
 def _set_paused(folder: Path, *, paused: bool, as_json: bool) -> None:
     from node_agent.config import NodeFolder, load_config
+    from node_agent.launchers.slurm_script import Marks
 
     node = NodeFolder(folder)
     config = load_config(node)
@@ -163,6 +164,7 @@ def _set_paused(folder: Path, *, paused: bool, as_json: bool) -> None:
         node.paused.touch()
     else:
         node.paused.unlink(missing_ok=True)
+        Marks(node.spool / "slurm").held.unlink(missing_ok=True)
     if as_json:
         _print_json({"institution": config.institution, "paused": paused})
     else:

@@ -1,1 +1,1 @@
-"""How a worker comes to run: as a child on this machine."""
+"""How a worker comes to run: as a child on this machine, or in an allocation of Slurm."""

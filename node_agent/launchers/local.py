@@ -46,9 +46,14 @@ _CENSUS_S: Final = 5.0  # between two counts of the child's family
 _LOG_LIMIT: Final = 16 * 2**20  # bytes; then the log is put aside
 
 
+def worker_arguments(config: WorkerConfig, spool: Spool) -> list[str]:
+    """What the training worker is told, wherever it runs."""
+    return ["--spool", str(spool.root), "--device", config.device]
+
+
 def worker_command(config: WorkerConfig, spool: Spool, *, parent: int) -> list[str]:
     """The command of the training worker: direct for one rank, torchrun for several."""
-    worker = ["-m", "node_agent.worker", "--spool", str(spool.root), "--device", config.device]
+    worker = ["-m", "node_agent.worker", *worker_arguments(config, spool)]
     life = ["--exit-with-parent", "--parent-pid", str(parent)]
     if config.ranks == 1:
         return [sys.executable, *worker, *life]

@@ -95,6 +95,9 @@ def work(spool: Spool, job: Job, how: str, parent: Process | None) -> None:
         if spool.cancel(job.id).exists():
             status.event("cancelled")
             return
+        if spool.drain.exists():
+            status.event("interrupted")
+            return
         status.event("progress", step=step + 1, max_steps=steps, tokens=10 * (step + 1))
         time.sleep(0.05)
     answer(spool, job, how)

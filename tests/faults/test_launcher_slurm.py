@@ -1,0 +1,405 @@
+"""The launcher against a real Slurm: a private cluster of one node on this machine.
+
+The worker is a light one that speaks the spool's contract (tests/support/fake_worker.py), and the
+real one once, where continuing from a checkpoint is the point. What is injected is shown to have
+happened by Slurm's own list of jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from node_agent.client import Backoff
+from node_agent.decide import Work
+from node_agent.launchers.jobs import GIVE_UP
+from node_agent.launchers.slurm import SlurmLauncher
+from node_agent.launchers.slurm_commands import Slurm, SlurmBusyError
+from node_agent.launchers.slurm_config import LauncherConfig
+from node_agent.launchers.slurm_rules import read_ends
+from node_agent.launchers.slurm_script import Marks
+from node_agent.spool import DataPaths, Job, Spool, read_result, read_status
+from node_agent.worker.init_model import write_model
+from tests.support.node import rng, the_plan
+from tests.support.plans import MANIFEST
+from tests.support.slurm import PATIENCE_S, Cluster, cluster, wait, why_not
+from tests.support.worker import TINY, Site, make_plan
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as made:
+        yield made
+
+
+@pytest.fixture
+def idle(slurm: Cluster) -> Iterator[Cluster]:
+    """The cluster with nothing in its queue, before and after."""
+    slurm.until_idle()
+    yield slurm
+    slurm.until_idle()
+
+
+class Bench:
+    """A launcher over a spool, jobs, and a cluster."""
+
+    def __init__(self, root: Path, slurm: Cluster, **changes) -> None:
+        self.slurm, self.root = slurm, root
+        self.before = slurm.states()
+        self.spool = changes.pop("spool", None) or Spool(root / "spool").make()
+        (root / "manifest.json").write_bytes(MANIFEST.to_bytes())
+        np.zeros(MANIFEST.coordinates, "<f4").tofile(root / "theta.f32")
+        (root / "plan.json").write_bytes(b"{}")
+        self.changes = changes
+        self.launcher = self.make()
+
+    def make(self) -> SlurmLauncher:
+        """A launcher as a new agent makes it: it knows what is on disk."""
+        values = {
+            "nodes": 1,
+            "time_minutes": 5,
+            "warn_s": 20,
+            "python": sys.executable,
+            "environment": {"PYTHONPATH": str(ROOT)},
+            "poll_s": 0.3,
+        }
+        config = LauncherConfig(kind="slurm", **values | self.changes.get("config", {}))
+        return SlurmLauncher(
+            spool=self.spool,
+            config=config,
+            institution="usach",
+            worker=self.changes.get(
+                "worker", ("tests.support.fake_worker", "--spool", str(self.spool.root))
+            ),
+            ranks=self.changes.get("ranks", 1),
+            environment={"OMP_NUM_THREADS": "1"},
+            slurm=self.slurm.slurm,
+            start_within_s=60.0,
+            hangs_after_s=self.changes.get("hangs_after_s", 60.0),
+            rng=rng(),
+            backoff=Backoff(first_s=0.01, cap_s=0.02),
+            beat_s=1.0,
+        )
+
+    def behave(self, *words: str) -> None:
+        (self.spool.root / "behave").write_text("\n".join(words))
+
+    def job(self, number: int, **changes) -> Job:
+        values = {
+            "id": f"r1.{number}",
+            "run": "r1",
+            "round": number,
+            "plan": str(self.root / "plan.json"),
+            "manifest": str(self.root / "manifest.json"),
+            "theta": str(self.root / "theta.f32"),
+            "select": "all",
+            "data": DataPaths(),
+            "seed": 1,
+        }
+        return Job(**values | changes)
+
+    def until(
+        self,
+        condition: Callable[[], bool],
+        *,
+        what: str,
+        jobs: tuple[Job, ...] = (),
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """Tick until something is so."""
+
+        async def drive() -> None:
+            for job in jobs:
+                self.launcher.submit(job)
+            give_up = time.monotonic() + patience_s
+            while not condition():
+                await self.launcher.tick()
+                assert time.monotonic() < give_up, (what, self.launcher.state, self.log())
+                await asyncio.sleep(0.05)
+
+        asyncio.run(drive())
+
+    def finish(self, job: Job, *, patience_s: float = PATIENCE_S) -> Work:
+        """Do a job to its end."""
+        ended = ("finished", "failed")
+        self.until(
+            lambda: self.work(job).state in ended,
+            what=f"{job.id} to end",
+            jobs=(job,),
+            patience_s=patience_s,
+        )
+        return self.work(job)
+
+    def close(self) -> None:
+        asyncio.run(self.launcher.close())
+
+    def work(self, job: Job) -> Work:
+        return self.launcher.work(job.id)
+
+    def log(self) -> str:
+        """What the jobs printed."""
+        logs = sorted(Marks(self.spool.root / "slurm").root.glob("job-*.log"))
+        return "\n".join(path.read_text()[-2000:] for path in logs)
+
+    def starts(self) -> int:
+        path = self.spool.root / "starts"
+        return len(path.read_text().split()) if path.exists() else 0
+
+    @property
+    def allocation(self):
+        return self.launcher._remembered().allocation
+
+    def mine(self) -> dict[int, str]:
+        """This node's jobs and their states."""
+        return {
+            job["job_id"]: job["job_state"]
+            for job in self.slurm.jobs()
+            if job["comment"].startswith("minga-usach-") and job["job_id"] not in self.before
+        }
+
+
+def test_one_allocation_serves_several_rounds_and_is_given_back(tmp_path, idle):
+    bench = Bench(tmp_path, idle, config={"idle_release_s": 1.0})
+
+    for number in range(3):
+        job = bench.job(number)
+        assert bench.finish(job).state == "finished"
+        assert read_result(bench.spool, job, MANIFEST).steps == 2
+
+    assert bench.starts() == 1
+    assert list(bench.mine().values()) == ["RUNNING"]
+    bench.until(lambda: bench.allocation is None, what="the allocation to be given back")
+    assert list(bench.mine().values()) == ["COMPLETED"]
+    assert "waited" in bench.launcher.state  # the queue's wait is reported
+
+
+def test_the_warning_interrupts_a_round_and_the_next_allocation_continues_it(tmp_path, idle):
+    """The real worker, two ranks under torchrun; trained steps are kept.
+
+    The warning is sent by scancel: Slurm's own timer sends the same signal to the same process, at
+    some moment within a minute (tried by hand: 28 to 30 s after the start with a limit of 1 min).
+    """
+    manifest, _ = write_model(tmp_path / "model", config=TINY, seed=7)
+    theta = np.fromfile(tmp_path / "model" / "theta.f32", dtype="<f4")
+    plan = make_plan(manifest, local_step={"max_steps": 200}, evaluation={"languages": []})
+    site = Site.make(tmp_path / "site", theta=theta, manifest=manifest, plan=plan)
+    arguments = ("node_agent.worker", "--spool", str(site.spool.root), "--device", "cpu")
+    bench = Bench(tmp_path, idle, spool=site.spool, worker=arguments, ranks=2)
+    job = site.job()
+    bench.until(lambda: bench.work(job).step > 0, what="the first steps", jobs=(job,))
+    (number,) = bench.mine()
+
+    idle.run("scancel", "--batch", "--signal=USR1", str(number))
+    bench.until(lambda: bench.work(job).state == "finished", what="the round's end")
+
+    said = read_status(site.spool, job.id)
+    names = [event.event for event in said]
+    assert names.count("interrupted") == 1  # it happened
+    assert names.count("started") == 2
+    middle = names.index("interrupted")
+    done = max(event.step or 0 for event in said[:middle])
+    again = [event.step for event in said[middle:] if event.step]
+    assert done > 0
+    assert min(again) >= done  # nothing is trained twice
+    result = site.result(job)
+    assert result.steps == max(again) == 200
+    assert result.rank_steps == (200, 200)
+    assert bench.mine() == {number: "COMPLETED", bench.allocation.job: "RUNNING"}
+
+
+def test_a_person_who_cancels_is_obeyed_and_told_how_to_go_on(tmp_path, idle):
+    bench = Bench(tmp_path, idle)
+    bench.behave("slow", "well")
+    job = bench.job(0)
+    bench.until(lambda: bench.work(job).step > 0, what="the job to begin", jobs=(job,))
+
+    idle.run("scancel", str(bench.allocation.job))
+    bench.until(lambda: bench.work(job).state == "failed", what="the cancelling to be seen")
+
+    refusal = bench.work(job).refusal
+    assert refusal.rule == "slurm.cancelled"
+    assert "somebody cancelled" in refusal.reason
+    assert "minga node resume" in refusal.reason
+    assert bench.launcher.refusal(the_plan()) == refusal  # later rounds are declined as well
+    assert bench.finish(bench.job(1)).state == "failed"
+    assert list(bench.mine().values()) == ["CANCELLED"]  # nothing else was handed in
+    bench.launcher.marks.held.unlink()  # what `minga node resume` does
+    assert bench.finish(bench.job(2)).state == "finished"
+
+
+def test_a_killed_agent_finds_its_job_again(tmp_path, idle):
+    """SIGKILL while the worker trains: the next agent adopts the allocation and the job in it."""
+    bench = Bench(tmp_path, idle)
+    (bench.spool.root / "steps").write_text("120")
+    script = (
+        "import asyncio, os\n"
+        "from pathlib import Path\n"
+        "from tests.faults.test_launcher_slurm import Bench\n"
+        "from tests.support.slurm import Cluster\n"
+        f"slurm = Cluster(Path({str(idle.folder)!r}), dict(os.environ))\n"
+        f"bench = Bench(Path({str(tmp_path)!r}), slurm)\n"
+        "job = bench.job(0)\n"
+        "bench.until(lambda: bench.work(job).step > 0, what='', jobs=(job,))\n"
+        "print('working', flush=True)\n"
+        "bench.until(lambda: False, what='the end')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+        env=idle.environment,
+    ) as agent:
+        assert agent.stdout.readline() == "working\n"
+        agent.send_signal(signal.SIGKILL)
+        agent.wait()
+    (number,) = bench.mine()
+
+    bench.launcher = bench.make()
+    said = bench.launcher.clear_leftovers()
+    work = bench.finish(bench.job(0))
+
+    assert said.startswith(f"adopted Slurm job {number}")
+    assert work.state == "finished"
+    assert bench.starts() == 1
+    assert list(bench.mine()) == [number]
+
+
+def test_a_lost_answer_of_sbatch_is_no_second_job(tmp_path, idle):
+    """Killed, or not answered, between sbatch and writing the number down."""
+    bench = Bench(tmp_path, idle)
+
+    class Lossy(Slurm):
+        lost = 0
+
+        def submit(self, script):
+            super().submit(script)
+            Lossy.lost += 1
+            raise SlurmBusyError("Socket timed out")
+
+    bench.launcher.slurm = Lossy(idle.slurm.environment)
+    assert bench.finish(bench.job(0)).state == "finished"
+
+    assert Lossy.lost == 1
+    assert list(bench.mine()) == [bench.allocation.job]
+
+
+@pytest.mark.parametrize("when_late", ["keep", "cancel"])
+def test_a_queue_that_stays_full_past_the_deadline(tmp_path, idle, when_late):
+    hog = idle.hog()
+    wait(lambda: idle.states()[hog] == "RUNNING", "the stranger's job to run")
+    bench = Bench(tmp_path, idle, config={"when_late": when_late})
+    job = bench.job(0, deadline_unix=time.time() + 3.0)
+    bench.until(lambda: bench.allocation is not None, what="a job", jobs=(job,))
+    (number,) = bench.mine()
+    bench.until(lambda: "queued in Slurm" in bench.work(job).waiting, what="the queue's wait")
+
+    work = bench.finish(job)
+
+    assert (work.state, work.refusal.rule) == ("failed", "slurm.queue")
+    assert "the round's time was over while queued in Slurm for" in work.refusal.reason
+    bench.until(lambda: bench.allocation.missed == 1, what="the missed round to be counted")
+    bench.launcher.forget(job.id)
+    if when_late == "cancel":
+        bench.until(lambda: bench.allocation is None, what="the job to be cancelled")
+        assert bench.mine() == {number: "CANCELLED"}
+        assert not bench.launcher.held  # this node's own doing
+        return
+    declined = bench.launcher.refusal(the_plan())
+    assert declined.rule == "slurm.queue"
+    assert "queued in Slurm" in declined.reason
+    assert bench.mine() == {number: "PENDING"}
+    idle.run("scancel", str(hog))
+    bench.until(lambda: bench.launcher.refusal(the_plan()) is None, what="the kept job to start")
+    assert bench.finish(bench.job(1)).state == "finished"
+    assert list(bench.mine()) == [number]
+
+
+def test_a_dead_or_hung_worker_is_started_again_in_its_allocation(tmp_path, idle):
+    bench = Bench(tmp_path, idle, hangs_after_s=3.0)
+    bench.behave("die", "hang", "well")
+
+    assert bench.finish(bench.job(0)).state == "finished"
+
+    assert bench.starts() == 3
+    assert len(bench.mine()) == 1
+    ends = read_ends(bench.launcher.marks.ends.read_text(), bench.allocation.job)
+    assert [end.status for end in ends] == [7, 137]
+
+
+def test_a_job_under_which_the_worker_keeps_dying_is_given_up(tmp_path, idle):
+    bench = Bench(tmp_path, idle)
+    bench.behave(*["die"] * 9)
+
+    work = bench.finish(bench.job(0))
+
+    assert (work.state, work.refusal.rule) == ("failed", "worker.lost")
+    assert "ended with status 7" in work.refusal.reason
+    assert bench.starts() == GIVE_UP
+    assert len(bench.mine()) == 1
+
+
+def test_what_slurm_does_not_take_is_said_in_its_own_words(tmp_path, idle):
+    bench = Bench(tmp_path, idle, config={"partition": "nowhere"})
+
+    work = bench.finish(bench.job(0))
+
+    assert (work.state, work.refusal.rule) == ("failed", "worker.lost")
+    assert "invalid partition specified: nowhere" in work.refusal.reason
+    assert bench.mine() == {}
+
+
+@pytest.mark.parametrize("on_stop", ["keep", "cancel"])
+def test_an_agent_that_is_told_to_stop(tmp_path, idle, on_stop):
+    bench = Bench(tmp_path, idle, config={"on_stop": on_stop})
+    bench.behave("slow", "well")
+    job = bench.job(0)
+    bench.until(lambda: bench.work(job).step > 0, what="the job to begin", jobs=(job,))
+    (number,) = bench.mine()
+
+    bench.close()
+
+    if on_stop == "keep":
+        assert bench.mine() == {number: "RUNNING"}
+        return
+    wait(lambda: bench.mine() == {number: "CANCELLED"}, "the job to be cancelled")
+    bench.launcher = bench.make()
+    assert bench.finish(bench.job(0)).state == "finished"
+    assert not bench.launcher.held
+
+
+def test_a_job_without_an_agent_ends_by_itself(tmp_path, idle):
+    """No orphan: neither after the agent's mark grew old, nor once another allocation serves."""
+    bench = Bench(tmp_path, idle, config={"agent_lost_after_s": 10})
+    job = bench.job(0)
+    bench.behave("slow")
+    bench.until(lambda: bench.work(job).step > 0, what="the job to begin", jobs=(job,))
+    (number,) = bench.mine()
+    os.utime(bench.launcher.marks.agent, (1.0, 1.0))  # as if it were long ago
+
+    wait(lambda: bench.mine()[number] == "COMPLETED", "the job to end")
+
+    (end,) = read_ends(bench.launcher.marks.ends.read_text(), number)
+    assert end.why == "agent"
+    bench.launcher.marks.nonce.write_text("another")
+    again = int(idle.run("sbatch", "--parsable", str(bench.launcher.marks.script)))
+    wait(lambda: bench.mine().get(again) == "COMPLETED", "the stranger to end")
+    assert bench.starts() == 1
+    assert "another allocation serves this spool" in bench.log()
