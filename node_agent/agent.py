@@ -165,6 +165,8 @@ class Agent:
         for task in everything:
             task.cancel()
         await asyncio.wait(everything)
+        self._show_at = 0.0
+        self._show()  # what was last decided, not what it was a moment before
         for launcher in self.site.launchers.values():
             await launcher.close()
         await self.site.connection.close()
