@@ -15,9 +15,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import IO, Self
 
@@ -49,6 +51,44 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+class SyncBehind:
+    """Makes a file durable while it is still being written, so that little is left at its end.
+
+    Linux tells each failed write-back once per descriptor, so a failure is kept until ``finish``.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._last: Future[None] | None = None
+        self._failed: BaseException | None = None
+        self._guard = Lock()
+
+    def wrote(self) -> None:
+        """There is more to sync. May be called from several threads."""
+        with self._guard:
+            if self._last is None or self._last.done():
+                self._collect()
+                self._last = self._pool.submit(os.fdatasync, self._descriptor)
+
+    def finish(self) -> None:
+        """Return when everything is durable; raise what kept any part from being so."""
+        with self._guard:
+            self._collect()
+            if self._failed is not None:
+                raise self._failed
+            os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the descriptor. It is not closed."""
+        self._pool.shutdown()
+
+    def _collect(self) -> None:
+        if self._last is not None:
+            self._failed = self._failed or self._last.exception()
+            self._last = None
+
+
 @dataclass(frozen=True, slots=True)
 class BlobReader:
     """A complete blob on disk."""
@@ -74,6 +114,7 @@ class BlobWriter:
         self._file: IO[bytes] = os.fdopen(handle, "wb", buffering=0)
         self._path = Path(name)
         self._hasher = UnitHasher()
+        self._behind = SyncBehind(self._file.fileno())
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append.
@@ -82,15 +123,23 @@ class BlobWriter:
             StorageFullError: the disk is full.
         """
         view = memoryview(data).cast("B")
+        units = self._hasher.size // UNIT
         self._hasher.update(view)
         with storage_errors("a blob"):
             while len(view):
                 view = view[self._file.write(view) :]
+        if self._hasher.size // UNIT > units:
+            self._behind.wrote()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """What was written, before it has a name. May be called from several threads."""
+        return os.pread(self._file.fileno(), length, offset)
 
     def finish(self) -> Digest:
         """Make the blob durable under its name; the same bytes again are no error."""
         with storage_errors("a blob"):
-            os.fsync(self._file.fileno())
+            self._behind.finish()
+        self._behind.close()
         self._file.close()
         digest = self._hasher.digest()
         self._blobs.adopt(self._path, digest, self._hasher.hashes())
@@ -105,6 +154,7 @@ class BlobWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._behind.close()
         self._file.close()
         self._path.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.blobs import Blobs, storage_errors
+from coordinator.blobs import Blobs, SyncBehind, storage_errors
 from coordinator.layouts import Layouts
 from protocols.errors import CorruptStateError
 from protocols.identifiers import Digest
@@ -78,10 +78,11 @@ def release(
         writer = stack.enter_context(blobs.writer())
         for chunk in accumulate(readers, layout, ring, adjust=remover, threads=threads):
             writer.write(chunk)
+        # While the outer step is computed, the rest of the sum gets to the disk.
+        result = _outer_step(
+            plan, index, start, manifest, writer.read, len(uploads), blobs, layouts, noisy, threads
+        )
         sum_digest = writer.finish()
-    result = _outer_step(
-        plan, index, start, manifest, sum_digest, len(uploads), blobs, layouts, noisy, threads
-    )
     snapshot = next_snapshot(start, result)
     blobs.put_bytes(snapshot.to_bytes())  # for auditors, who have no ledger
     return Release(
@@ -97,7 +98,7 @@ def _outer_step(
     index: int,
     start: Snapshot,
     manifest: Manifest,
-    sum_digest: Digest,
+    sum_reader: Reader,
     survivors: int,
     blobs: Blobs,
     layouts: Layouts,
@@ -107,8 +108,7 @@ def _outer_step(
     layout, ring = layouts.of(plan, index), round_ring(plan)
     scales_reader = blobs.open(start.scales)
     scales = Scales.from_bytes(scales_reader.read(0, scales_reader.size), manifest)
-    sum_reader = blobs.open(sum_digest)
-    with tempfile.TemporaryDirectory(dir=blobs.tmp) as folder:
+    with ExitStack() as stack, tempfile.TemporaryDirectory(dir=blobs.tmp) as folder:
         files = _Files(Path(folder), 4 * manifest.coordinates)
         try:
             result = apply_outer_step(
@@ -117,13 +117,13 @@ def _outer_step(
                 layout=layout,
                 manifest=manifest,
                 snapshot_counters=start.counters,
-                theta=_float_file(blobs, start.theta, manifest),
+                theta=_float_file(blobs, start.theta, manifest, stack),
                 buffers={
-                    name: _float_file(blobs, digest, manifest)
+                    name: _float_file(blobs, digest, manifest, stack)
                     for name, digest in start.buffers.items()
                 },
                 scales=scales,
-                sum_reader=PackedVector(sum_reader.read, layout.coordinates, ring),
+                sum_reader=PackedVector(sum_reader, layout.coordinates, ring),
                 ring=ring,
                 nodes=survivors,
                 roster=len(plan.roster),
@@ -148,6 +148,7 @@ class _Files:
         self._folder = folder
         self._size = size
         self._open: dict[str, int] = {}
+        self._behind: dict[int, SyncBehind] = {}
 
     def path(self, name: str) -> Path:
         return self._folder / name
@@ -159,19 +160,27 @@ class _Files:
             handle = self._open.setdefault(name, fresh)
             if handle is not fresh:
                 os.close(fresh)
+        behind = self._behind.get(handle)
+        if behind is None:
+            mine = SyncBehind(handle)
+            behind = self._behind.setdefault(handle, mine)
         with storage_errors("the next model"):
             while len(data):
                 written = os.pwrite(handle, data, offset)
                 data, offset = data[written:], offset + written
+        behind.wrote()
 
     def sync(self) -> None:
         with storage_errors("the next model"):
-            for handle in self._open.values():
-                os.fsync(handle)
+            for behind in self._behind.values():
+                behind.finish()
 
     def close(self) -> None:
+        for behind in self._behind.values():
+            behind.close()
         for handle in self._open.values():
             os.close(handle)
+        self._behind.clear()
         self._open.clear()
 
 
@@ -186,7 +195,7 @@ def _reader(path: Path, size: int, stack: ExitStack) -> Reader:
     return lambda offset, length: os.pread(handle, length, offset)
 
 
-def _float_file(blobs: Blobs, digest: Digest, manifest: Manifest) -> Reader:
+def _float_file(blobs: Blobs, digest: Digest, manifest: Manifest, stack: ExitStack) -> Reader:
     """Reads theta or a buffer; mapped, its pages would count as this process's memory."""
     reader = blobs.open(digest)
     if reader.size != 4 * manifest.coordinates:
@@ -194,4 +203,4 @@ def _float_file(blobs: Blobs, digest: Digest, manifest: Manifest) -> Reader:
             f"blob {digest[:12]}… has {reader.size} bytes, a model of the manifest"
             f" {4 * manifest.coordinates}"
         )
-    return reader.read
+    return _reader(reader.path, reader.size, stack)
