@@ -155,7 +155,7 @@ def main_server(parts: Parts) -> grpc.aio.Server:
         layouts=parts.layouts,
     )
     rounds_pb2_grpc.add_RoundsServicer_to_server(
-        RoundsService(callers=callers, ledger=ledger, clock=clock), server
+        RoundsService(callers=callers, ledger=ledger, clock=clock, caps=parts.config.caps), server
     )
     secure_sum_pb2_grpc.add_SecureSumServicer_to_server(
         SecureSumService(callers=callers, ledger=ledger, clock=clock), server
@@ -168,6 +168,7 @@ def main_server(parts: Parts) -> grpc.aio.Server:
             blobs=parts.blobs,
             authority=parts.authority,
             trust=parts.trust,
+            caps=parts.config.caps,
         ),
         server,
     )

@@ -17,19 +17,31 @@ node_hours = 720
 [governance]
 require = true                      # nothing runs before the admins have signed a root
 folder = "../tuf"
+[[privacy.budget]]                  # joins beyond it are refused; nodes have budgets of their own
+institution = "*"                   # or one, before "*"
+dataset = "default"
+unit = "document"
+epsilon = 8.0
+delta = 1e-6
+starts = 2026-01-01                 # left out: since ever
+ends = 2027-01-01                   # left out: for ever
 """
 
 from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from coordinator.privacy import EVERYBODY, Cap
+from policies.privacy.budget import Allowance, midnight
+from policies.privacy.sensitivity import Unit
 from protocols.errors import ConfigurationError
-from protocols.identifiers import FederationId, parse_federation_id
+from protocols.identifiers import FederationId, parse_federation_id, parse_node_id
 
 
 def _address(value: str) -> str:
@@ -37,6 +49,10 @@ def _address(value: str) -> str:
     if not host or not colon or not port.isdigit() or int(port) > 65535:
         raise ValueError("an address is HOST:PORT")
     return value
+
+
+def _institution(value: str) -> str:
+    return value if value == EVERYBODY else parse_node_id(value)
 
 
 Address = Annotated[str, AfterValidator(_address)]
@@ -72,6 +88,33 @@ class _Governance(_Section):
     folder: Path = Path("../tuf")
 
 
+class _Budget(_Section):
+    institution: Annotated[str, AfterValidator(_institution)] = EVERYBODY
+    dataset: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    unit: Unit = Unit.DOCUMENT
+    epsilon: float = Field(gt=0, le=1e6)
+    delta: float = Field(gt=0, lt=1)
+    starts: date | None = None
+    ends: date | None = None
+
+    def cap(self) -> Cap:
+        return Cap(
+            institution=self.institution,
+            allowance=Allowance(
+                dataset=self.dataset,
+                unit=self.unit,
+                epsilon=self.epsilon,
+                delta=self.delta,
+                starts_at=midnight(self.starts),
+                ends_at=midnight(self.ends),
+            ),
+        )
+
+
+class _Privacy(_Section):
+    budget: tuple[_Budget, ...] = ()
+
+
 class _File(_Section):
     federation: Annotated[str, AfterValidator(parse_federation_id)]
     listen: _Listen
@@ -79,6 +122,7 @@ class _File(_Section):
     storage: _Storage = _Storage()
     certificates: _Certificates = _Certificates()
     governance: _Governance = _Governance()
+    privacy: _Privacy = _Privacy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +143,7 @@ class CoordinatorConfig:
     node_certificate_hours: int
     trust: Path
     governed: bool  # a run, an invitation and a certificate need what the admins signed
+    caps: tuple[Cap, ...] = ()  # privacy that the federation allows
 
 
 def ledger_url(url: str, folder: Path) -> str:
@@ -145,4 +190,5 @@ def load_config(path: Path) -> CoordinatorConfig:
         node_certificate_hours=file.certificates.node_hours,
         trust=(folder / file.governance.folder).resolve(),
         governed=file.governance.require,
+        caps=tuple(budget.cap() for budget in file.privacy.budget),
     )

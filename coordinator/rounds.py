@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from coordinator.ledger import RoundRow, RunRow, RunStatus, Tx
+from coordinator.privacy import settle
 from protocols.cohort import terms_of
 from protocols.identifiers import Digest, NodeId, RoundId
 from protocols.plan import Plan
@@ -71,6 +72,7 @@ def advance(
     answer = step(round_id, row.phase, event, now)
     if answer.phase == row.phase:
         return answer
+    settle(tx, row, answer.phase, now)
     tx.set_phase(
         round_id,
         answer.phase,

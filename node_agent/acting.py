@@ -19,6 +19,7 @@ from node_agent.contribution import (
     LocalWork,
     Terms,
     check_pinned,
+    check_private_work,
     make_contribution,
     record_of_fixed,
     synthetic_work,
@@ -36,6 +37,7 @@ from node_agent.decide import (
     SayLeave,
     SayReady,
     SecureStep,
+    SettleSpend,
     Train,
     Upload,
     Withdraw,
@@ -103,18 +105,12 @@ class Actor:
                 await self._fetch_plan(action)
             case ObtainModel():
                 await self._obtain(action)
-            case SayJoin():
-                await self._join(action)
-            case SayDecline():
-                await self._decline(action.round, action.refusal)
+            case SayJoin() | SayDecline() | SayReady() | SayLeave() | SayConfirm():
+                await self._say(action)
             case Train():
                 await self._train(action)
             case Withdraw():
                 await self._withdraw(action)
-            case SayReady():
-                await self._ready(action)
-            case SayLeave():
-                await self._leave(action.round, action.refusal)
             case MakeVector():
                 await self._make_vector(action)
             case Upload():
@@ -123,6 +119,21 @@ class Actor:
                 await self._secure_step(action)
             case ComputeNext():
                 await self._compute(action)
+            case SettleSpend():
+                await self._settle(action)
+            case _:
+                assert_never(action)
+
+    async def _say(self, action: SayJoin | SayDecline | SayReady | SayLeave | SayConfirm) -> None:
+        match action:
+            case SayJoin():
+                await self._join(action)
+            case SayDecline():
+                await self._decline(action.round, action.refusal)
+            case SayReady():
+                await self._ready(action)
+            case SayLeave():
+                await self._leave(action.round, action.refusal)
             case SayConfirm():
                 await self._confirm(action)
             case _:
@@ -183,7 +194,12 @@ class Actor:
         run, current = self.seen(action.round)
         if current.start.model_root != action.root:
             raise NotFoundError(f"round {action.round} starts from another model by now")
-        secagg = self._plan(action.round).secagg
+        plan = self._plan(action.round)
+        refusal = await self._reserve(plan, action.round, current.index, action.root)
+        if refusal is not None:
+            await self._decline(action.round, refusal)
+            return
+        secagg = plan.secagg
         if secagg is not None:  # before the join: a key that changed meanwhile is declined
             others = {node: key for node, key in secagg.keys.items() if node != self.site.node}
             await asyncio.to_thread(self.site.journal.pin_keys, others)
@@ -206,6 +222,21 @@ class Actor:
         if launcher is not None:
             launcher.expect()
         await self._tidy(action.round, current=True)
+
+    async def _reserve(
+        self, plan: Plan, round_: RoundId, index: int, root: Digest
+    ) -> Refusal | None:
+        """Reserve the round's cost in this node's own ledger, before anybody hears of a join."""
+        if plan.privacy is None:
+            return None
+
+        def reserve() -> Refusal | None:
+            manifest = self.site.models.open(round_.run, root).manifest
+            layout = round_layout(plan, 0, manifest)
+            coordinates = layout.model_coordinates
+            return self.site.privacy.reserve(plan, round_, index, coordinates)
+
+        return await asyncio.to_thread(reserve)
 
     async def _decline(self, round_: RoundId, refusal: Refusal) -> None:
         _, current = self.seen(round_)
@@ -273,6 +304,7 @@ class Actor:
             margin = min(60.0, max(2.0, 0.05 * plan.deadlines.train))
             ends = phase.closes_at - self.clock_offset() - timedelta(seconds=margin)
             job = job.model_copy(update={"deadline_unix": max(0.0, ends.timestamp())})
+        await asyncio.to_thread(self.site.privacy.starts, plan, action.round, record.index)
         await asyncio.to_thread(launcher.submit, job)
         await launcher.tick()
 
@@ -303,6 +335,7 @@ class Actor:
             raise WorkerError(f"the worker's result cannot be read: {error}") from None
         if result is None:
             raise WorkerError(f"the worker left no result for {name}")
+        check_private_work(plan, record.index, result)
         facts = {
             "steps": result.steps,
             "tokens": result.tokens,
@@ -339,6 +372,7 @@ class Actor:
         if await asyncio.to_thread(site.journal.upload, round_, action.attempt) is not None:
             return
         record, plan = self._joined(round_), self._plan(round_)
+        await asyncio.to_thread(site.privacy.check, plan, round_, record.index)
         held = site.models.open(round_.run, record.start_root)
         common: dict[str, Any] = {
             "terms": Terms(
@@ -362,6 +396,7 @@ class Actor:
                 self._local_work(round_, record, plan, held.manifest),
                 scales=held.scales(),
                 seed=dither_seed(state) if state else site.random_bytes(32),
+                noise_seed=state.noise_seed if state else None,
                 masks=mask_adder(state, round_ring(plan)) if state else None,
                 threads=site.config.limits.cpu_threads,
                 **common,
@@ -399,10 +434,12 @@ class Actor:
         record = await asyncio.to_thread(site.journal.upload, round_, action.attempt)
         if record is None:
             raise NotFoundError(f"no vector was made for attempt {action.attempt} of {round_}")
+        plan, joined = self._plan(round_), self._joined(round_)
+        await asyncio.to_thread(site.privacy.check, plan, round_, joined.index)
         announcement = Announcement(
             header=record.header, signature=record.signature, unit_hashes=record.unit_hashes
         )
-        if self._plan(round_).secagg is not None:
+        if plan.secagg is not None:
             await self.secure.post_header(round_, action.attempt)
         with self._transfer(round_, "uploading") as transfer:
             receipt = await upload(
@@ -426,15 +463,30 @@ class Actor:
             case "acknowledge":
                 await secure.acknowledge(round_, number)
             case "commit":
+                await self._check_spend(round_)
                 await secure.commit(round_, number)
             case "abort":
                 await secure.abort(round_, number, "secagg.survivors")
             case "reveal":
+                await self._check_spend(round_)
+                await asyncio.to_thread(self.site.privacy.releases, round_)
                 await secure.reveal(round_, number)
             case "close":
                 await secure.close(round_, number)
             case _:
                 assert_never(action.step)
+
+    async def _check_spend(self, round_: RoundId) -> None:
+        plan, record = self._plan(round_), self._joined(round_)
+        await asyncio.to_thread(self.site.privacy.check, plan, round_, record.index)
+
+    async def _settle(self, action: SettleSpend) -> None:
+        await asyncio.to_thread(
+            self.site.privacy.over,
+            self._plan(action.round),
+            action.round,
+            in_sum=action.in_sum,
+        )
 
     # -- after the release -----------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ from node_agent.enrol import renew, renewal_due
 from node_agent.housekeeping import tidy
 from node_agent.keys import TlsIdentity
 from node_agent.plan_check import check_plan, check_round
+from node_agent.privacy import check_budget
 from node_agent.records import RoundRecord, RunRecord, UploadRecord
 from node_agent.rules import Refusal
 from node_agent.secure import SecureSum, check_roster
@@ -61,6 +62,7 @@ from protocols.errors import (
 from protocols.gen import rounds_pb2
 from protocols.identifiers import RoundId, RunId
 from protocols.plan import Plan
+from protocols.plan_privacy import promise
 from protocols.wire import round_ref, to_ms
 
 logger = logging.getLogger(__name__)
@@ -171,6 +173,7 @@ class Agent:
             await launcher.close()
         await self.site.connection.close()
         self.site.journal.close()
+        self.site.privacy.ledger.close()
 
     def _recover(self) -> None:
         for launcher in self.site.launchers.values():
@@ -361,7 +364,13 @@ class Agent:
             unsent=journal.unsent_confirms(seen.run) if known else (),
             secure=self._states.known(seen.run) if known and known.plan.secagg else None,
             said=journal.stage(seen.run) if known and known.plan.secagg else None,
+            reserved=self._reserved(known.plan) if known else (),
         )
+
+    def _reserved(self, plan: Plan) -> tuple[RoundId, ...]:
+        if plan.privacy is None:
+            return ()
+        return self.site.privacy.ledger.open_rounds(plan.run_id)
 
     def _recently_delivered(self) -> frozenset[Action]:
         """Statements acknowledged a short while ago: a peer's long poll need not show them yet."""
@@ -392,6 +401,7 @@ class Agent:
             refusal
             or check_roster(plan, site.node, self._own_key(), site.journal.pinned_keys())
             or consent.check_site(plan, site.config, self._site_facts())
+            or check_budget(plan, site.config)
         )
 
     def _own_key(self) -> bytes:
@@ -565,6 +575,10 @@ class Agent:
                 write_status(site.folder.status, status)
         return True
 
+    def _declined(self, current: RoundSeen | None) -> str:
+        record = self.site.journal.round(current.round) if current is not None else None
+        return str(record.refusal) if record is not None and record.refusal is not None else ""
+
     def _run_status(self, seen: RunSeen) -> RunStatus:
         known, current = self._runs.get(seen.run), seen.current
         doing = sorted(
@@ -581,6 +595,8 @@ class Agent:
             why=self._why.get(seen.run, ""),
             doing=tuple(doing),
             stopped=str(known.stopped) if known and known.stopped else "",
+            declined=self._declined(current),
+            privacy=promise(known.plan) if known else "",
         )
 
 

@@ -4,6 +4,7 @@ nodes/<institution>/
   config.toml      written by `minga node join`, edited by people
   keys/            tls.pem (key, certificate, chain), signing.pem, root.pem: mode 0600
   journal.sqlite   what this node decided, sent and was answered
+  privacy.sqlite   what this site's data have spent, by its own account
   spool/           between agent and worker; spool/uploads holds encoded vectors
   models/          the models this node holds, one folder per run
   paused           when this file is there, the node declines new rounds
@@ -17,6 +18,15 @@ enrolment = "minga.example:8444"
 [data]
 train = ["text/train"]             # files, folders or globs; relative to this file
 valid = ["text/valid"]
+dataset = "default"                # whose budget training spends
+valid_public = false               # the held-out text may be scored without noise
+[[privacy.budget]]                 # a data set and unit without one has nothing to spend
+dataset = "default"
+unit = "document"                  # "document" | "sequence" | "institution"
+epsilon = 8.0
+delta = 1e-6
+starts = 2026-01-01                # left out: since ever
+ends = 2027-01-01                  # left out: for ever
 [worker]
 ranks = 1
 device = "auto"                    # "auto" | "cpu" | "cuda"
@@ -41,12 +51,22 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from node_agent.launchers.slurm_config import LauncherConfig
+from policies.privacy.budget import Allowance, midnight
+from policies.privacy.sensitivity import Unit
 from protocols.errors import ConfigurationError
 from protocols.identifiers import (
     FederationId,
@@ -55,6 +75,7 @@ from protocols.identifiers import (
     parse_federation_id,
     parse_node_id,
 )
+from protocols.plan import MODES, Mode
 
 
 def parse_address(value: str) -> str:
@@ -78,6 +99,8 @@ class DataConfig(_Section):
 
     train: tuple[str, ...] = ()
     valid: tuple[str, ...] = ()
+    dataset: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    valid_public: bool = False
 
 
 class WorkerConfig(_Section):
@@ -96,7 +119,45 @@ class AllowConfig(_Section):
 
     local_steps: tuple[LocalStepKind, ...] = ("builtin", "synthetic")
     flower_apps: tuple[str, ...] = ()
-    modes: tuple[Literal["open", "aggregate-only"], ...] = ("open", "aggregate-only")
+    modes: tuple[Mode, ...] = MODES
+
+
+class BudgetConfig(_Section):
+    """How much privacy one data set may lose, for one unit, in a period."""
+
+    dataset: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    unit: Unit = Unit.DOCUMENT
+    epsilon: float = Field(gt=0, le=1e6)
+    delta: float = Field(gt=0, lt=1)
+    starts: date | None = None  # inclusive, at 00:00 UTC; None: since ever
+    ends: date | None = None  # exclusive; None: for ever
+
+    def allowance(self) -> Allowance:
+        """For decisions."""
+        return Allowance(
+            dataset=self.dataset,
+            unit=self.unit,
+            epsilon=self.epsilon,
+            delta=self.delta,
+            starts_at=midnight(self.starts),
+            ends_at=midnight(self.ends),
+        )
+
+
+class PrivacyConfig(_Section):
+    """Budgets. A data set and unit without one has nothing to spend."""
+
+    budget: tuple[BudgetConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        kinds = [(budget.dataset, budget.unit) for budget in self.budget]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError("privacy.budget: a data set and unit have one budget")
+        for budget in self.budget:
+            if budget.starts and budget.ends and budget.starts >= budget.ends:
+                raise ValueError("privacy.budget: a period ends after it starts")
+        return self
 
 
 class FlowerConfig(_Section):
@@ -123,6 +184,7 @@ class _File(_Section):
     flower: FlowerConfig = FlowerConfig()
     limits: LimitsConfig = LimitsConfig()
     launcher: LauncherConfig = LauncherConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +207,11 @@ class NodeFolder:
     def journal(self) -> Path:
         """The journal's database."""
         return self.root / "journal.sqlite"
+
+    @property
+    def privacy(self) -> Path:
+        """The privacy ledger's database."""
+        return self.root / "privacy.sqlite"
 
     @property
     def spool(self) -> Path:
@@ -211,6 +278,7 @@ class NodeConfig:
     limits: LimitsConfig
     flower: FlowerConfig = field(default_factory=FlowerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
 
 def _absolute(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -250,9 +318,13 @@ def load_config(folder: NodeFolder) -> NodeConfig:
         federation=FederationId(file.federation),
         coordinator=file.coordinator,
         enrolment=file.enrolment,
-        data=DataConfig(
-            train=_absolute(file.data.train, base), valid=_absolute(file.data.valid, base)
+        data=file.data.model_copy(
+            update={
+                "train": _absolute(file.data.train, base),
+                "valid": _absolute(file.data.valid, base),
+            }
         ),
+        privacy=file.privacy,
         worker=file.worker,
         allow=file.allow,
         limits=file.limits,
@@ -264,6 +336,10 @@ def load_config(folder: NodeFolder) -> NodeConfig:
     )
 
 
+# What a new node allows: a site that wants more, less or a period writes it.
+DEFAULT_PRIVACY: Final = PrivacyConfig(budget=(BudgetConfig(epsilon=8.0, delta=1e-6),))
+
+
 def render_config(
     *,
     institution: NodeId,
@@ -272,12 +348,22 @@ def render_config(
     enrolment: str,
     data: DataConfig,
     worker: WorkerConfig,
+    privacy: PrivacyConfig | None = None,
 ) -> str:
     """The text of a new ``config.toml``; the optional keys stand there as comments."""
 
     def text(value: object) -> str:  # a JSON string or list is TOML as well
         return json.dumps(value, ensure_ascii=False)
 
+    budgets = "".join(
+        f"""[[privacy.budget]]
+dataset = {text(budget.dataset)}
+unit = {text(budget.unit.value)}
+epsilon = {budget.epsilon!r}
+delta = {budget.delta!r}
+"""
+        for budget in (privacy or DEFAULT_PRIVACY).budget
+    )
     threads = f"threads = {worker.threads}" if worker.threads else "# threads = 4"
     return f"""\
 institution = {text(institution)}
@@ -289,6 +375,8 @@ enrolment = {text(enrolment)}
 # Files, folders or globs; relative to this file.
 train = {text(list(data.train))}
 valid = {text(list(data.valid))}
+dataset = {text(data.dataset)}  # whose budget training spends
+valid_public = {text(data.valid_public)}  # true: the held-out text may be scored without noise
 
 [worker]
 ranks = {worker.ranks}
@@ -301,6 +389,9 @@ device = {text(worker.device)}  # "auto", "cpu" or "cuda"
 local_steps = ["builtin", "synthetic"]
 flower_apps = []
 
+# How much privacy a data set may lose over all runs. Without a budget nothing may be spent, and
+# plans in private modes are declined.
+{budgets}
 # [flower]
 # python_path = ["apps"]  # folders that Flower apps come from
 

@@ -2,6 +2,7 @@
 
     worker's delta.f32 + result.json   (or a constant, for plan kind "synthetic")
       -> norm in float64 -> clip -> weight -> scale, round by chance, pack     protocols.tensors
+         [+ a share of the noise, made for what was clipped]                   protocols.noise
       -> spool/uploads/<run>.<round>.<attempt>.bin    temporary name, fsync, rename
       -> UploadHeader over size and root, signed by this node's key            protocols.upload
 
@@ -13,11 +14,14 @@ is O(chunk) for each thread, whatever the model's size.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -25,14 +29,20 @@ from numpy.typing import NDArray
 
 from node_agent.records import UploadRecord
 from node_agent.spool import Result, publish
+from policies.privacy.terms import NoiseTerms, noise_terms
 from protocols.errors import (
     CorruptStateError,
     DigestMismatchError,
     ManifestMismatchError,
+    PlanRefusedError,
     StorageFullError,
+    WorkerError,
 )
 from protocols.identifiers import Digest, NodeId, RoundId
+from protocols.noise.noise_table import NoiseShare, NoiseTable
+from protocols.noise.rounding import encode_bounded
 from protocols.plan import Plan
+from protocols.plan_privacy import RECORD_MODES
 from protocols.round_vector import metric_names, round_layout, round_ring
 from protocols.tensors.encode import (
     check_finite,
@@ -45,6 +55,7 @@ from protocols.tensors.manifest import Manifest
 from protocols.tensors.metrics import METRIC_BOUND
 from protocols.tensors.planar import LaneAdder
 from protocols.tensors.scales import Scales
+from protocols.tensors.sizes import WEIGHT_ONE
 from protocols.tensors.units import UnitHasher
 from protocols.upload import UploadHeader, sign_header
 
@@ -108,6 +119,23 @@ def check_pinned(delta_path: Path, pinned: Digest | None) -> None:
         )
 
 
+def check_private_work(plan: Plan, index: int, result: Result) -> None:
+    """Whether the worker says that it did the private steps that are charged.
+
+    Raises:
+        WorkerError: it did others, or an old worker does not know of privacy.
+    """
+    if plan.mode not in RECORD_MODES or plan.privacy is None or not plan.trains_in(index):
+        return
+    report = result.private
+    added = "added" if plan.mode == "record-local" else "later"
+    if report is None or report.noise != added or result.steps != plan.privacy.steps:
+        raise WorkerError(
+            f"the worker did not do the {plan.privacy.steps} private steps of the plan; nothing of"
+            " this round is sent"
+        )
+
+
 def synthetic_work(constant: float, layout: VectorLayout) -> LocalWork:
     """The local step of plan kind "synthetic": every coordinate of the delta is ``constant``.
 
@@ -124,6 +152,9 @@ def metrics_of(work: LocalWork, *, weight: int, plan: Plan, index: int) -> dict[
 
     A negative loss counts as zero: metrics are not negative. ``clamped`` is filled in by the
     encoder.
+
+    Under a private mode every metric of the training is a constant of the plan, because no noise
+    covers it; scores are of held-out text that the plan calls public (spec/privacy.md, section 5).
     """
 
     def capped(value: float) -> int:
@@ -139,6 +170,9 @@ def metrics_of(work: LocalWork, *, weight: int, plan: Plan, index: int) -> dict[
         "train_ms": capped(1e3 * work.seconds),
         "clamped": 0,
     }
+    if plan.privacy is not None:
+        steps = (plan.privacy.steps or 0) if plan.trains_in(index) else 0
+        values = dict.fromkeys(values, 0) | {"weight": WEIGHT_ONE, "nodes": 1, "steps": steps}
     for name in metric_names(plan, index):
         kind, slash, language = name.partition("/")
         if not slash:
@@ -187,6 +221,7 @@ def make_contribution(
     manifest: Manifest,
     scales: Scales,
     seed: bytes,
+    noise_seed: bytes | None = None,
     masks: LaneAdder | None = None,
     signing_key: Ed25519PrivateKey,
     uploads: Path,
@@ -200,6 +235,8 @@ def make_contribution(
         manifest: of the model.
         scales: of the round's starting model.
         seed: 32 secret bytes for the dither, of this attempt and used for nothing else.
+        noise_seed: 32 secret bytes for this node's share of the noise, likewise; needed in the
+            modes whose noise is added here.
         masks: of a secure sum, added in the ring before packing; None in mode open.
         signing_key: of this node.
         uploads: the folder of vectors on their way out.
@@ -209,12 +246,11 @@ def make_contribution(
         NonFiniteUpdateError: NaN or infinity; names the tensor. Nothing was kept.
         ManifestMismatchError: the update has not the round's coordinates.
         StorageFullError: no room in the spool.
+        PlanRefusedError: the plan's noise cannot be made for a model of this size.
     """
     plan, round_ = terms.plan, terms.round
-    layout, ring = round_layout(plan, terms.index, manifest), round_ring(plan)
-    weight = weight_units(work.tokens, plan.vector.weight_cap_tokens)
-    # A finite norm is also what shows that every coordinate is finite.
-    factor = clip_factor(update_norm(work.delta, layout), plan.vector.clip_norm)
+    layout = round_layout(plan, terms.index, manifest)
+    encode = _encoder(work, terms, layout, scales, seed=seed, noise_seed=noise_seed, masks=masks)
     name = upload_name(round_, terms.attempt)
     final, temporary = uploads / name, uploads / f".{name}.tmp"
     hasher = UnitHasher()
@@ -227,20 +263,7 @@ def make_contribution(
                 while view:
                     view = view[file.write(view) :]
 
-            encode_vector(
-                work.delta,
-                layout,
-                scales,
-                weight_units=weight,
-                clip_factor=factor,
-                metrics=metrics_of(work, weight=weight, plan=plan, index=terms.index),
-                seed=seed,
-                ring=ring,
-                limit=ring.clamp_limit(len(plan.roster)),
-                sink=keep,
-                mask_adder=masks,
-                threads=threads,
-            )
+            encode(keep, threads)
             os.fsync(file.fileno())
         publish(temporary, final)
     except OSError as error:
@@ -248,6 +271,98 @@ def make_contribution(
     finally:
         temporary.unlink(missing_ok=True)
     return _record(terms, layout.coordinates, hasher, signing_key)
+
+
+Sink = Callable[[bytes], None]
+
+
+def _encoder(
+    work: LocalWork,
+    terms: Terms,
+    layout: VectorLayout,
+    scales: Scales,
+    *,
+    seed: bytes,
+    noise_seed: bytes | None,
+    masks: LaneAdder | None,
+) -> Callable[[Sink, int], object]:
+    """How the plan's mode turns an update into packed integers: ``encode(sink, threads)``."""
+    plan, ring = terms.plan, round_ring(terms.plan)
+    weight = weight_units(work.tokens, plan.vector.weight_cap_tokens)
+    noise = _noise_of(plan, terms.index, layout)
+    common: dict[str, Any] = {
+        "metrics": metrics_of(work, weight=weight, plan=plan, index=terms.index),
+        "ring": ring,
+        "weight_units": weight,
+    }
+    # A finite norm is also what shows that every coordinate is finite.
+    norm = update_norm(work.delta, layout)
+    if noise is None:
+        factor = clip_factor(norm, plan.vector.clip_norm)
+        limit = ring.clamp_limit(len(plan.roster))
+        return lambda sink, threads: encode_vector(
+            work.delta,
+            layout,
+            scales,
+            clip_factor=factor,
+            seed=seed,
+            limit=limit,
+            sink=sink,
+            mask_adder=masks,
+            threads=threads,
+            **common,
+        )
+    if noise_seed is None or masks is None or plan.privacy is None:
+        raise ValueError("a vector with noise needs a seed for it, and masks")
+    if (scales.exponents != noise.exponent).any():
+        raise PlanRefusedError(
+            "the model's scales are not the plan's: the noise is made for those of the plan",
+            rule="privacy.scales",
+        )
+    share = NoiseShare(_table(noise.share_variance), noise_seed)
+    limit = noise.limit or ring.clamp_limit(len(plan.roster))
+    if plan.mode == "institution":
+        clipped = clip_factor(norm, plan.privacy.clip_norm)
+        return lambda sink, threads: encode_bounded(
+            work.delta,
+            layout,
+            scales,
+            root=seed,
+            max_squares=noise.sensitivity.l2_squared,
+            clip_factor=clipped,
+            limit=limit,
+            sink=sink,
+            noise=share,
+            mask_adder=masks,
+            threads=threads,
+            **common,
+        )
+    return lambda sink, threads: encode_vector(
+        work.delta,
+        layout,
+        scales,
+        clip_factor=1.0,  # each record's gradient was clipped; the sum may be as long as it is
+        seed=seed,
+        limit=limit,
+        sink=sink,
+        noise=share,
+        mask_adder=masks,
+        count_clamped=False,
+        threads=threads,
+        **common,
+    )
+
+
+def _noise_of(plan: Plan, index: int, layout: VectorLayout) -> NoiseTerms | None:
+    """The noise that a site adds to its integers in this round; None: none here."""
+    if not plan.adds_noise or not plan.trains_in(index):
+        return None
+    return noise_terms(plan, layout.model_coordinates)
+
+
+@functools.lru_cache(maxsize=2)  # public, up to 22 MiB each
+def _table(variance: Fraction) -> NoiseTable:
+    return NoiseTable.build(variance)
 
 
 def record_of_fixed(

@@ -135,6 +135,14 @@ class SayConfirm:
     round: RoundId
 
 
+@dataclass(frozen=True, slots=True)
+class SettleSpend:
+    """Write down what became of a round's reserved privacy."""
+
+    round: RoundId
+    in_sum: bool  # the sum was opened with this node's update
+
+
 Action = (
     FetchPlan
     | ObtainModel
@@ -149,6 +157,7 @@ Action = (
     | SecureStep
     | ComputeNext
     | SayConfirm
+    | SettleSpend
 )
 
 
@@ -187,6 +196,7 @@ class Situation:
     unsent: tuple[RoundId, ...] = ()  # rounds whose computed model was not acknowledged yet
     secure: SecureKnown | None = None  # this node's state in a secure sum of this run
     said: SecureKnown | None = None  # the furthest it came in one, by the journal
+    reserved: tuple[RoundId, ...] = ()  # rounds whose privacy is reserved and not settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +224,7 @@ def decide(s: Situation) -> Decision:
             return _answer_refusal(s, s.refusal)
         return _do(FetchPlan(s.seen.run), "reading the plan")
     after, now = _after_release(s), _current(s, s.plan)
-    closing = (*_late_confirms(s), *_leftover(s))
+    closing = (*_late_confirms(s), *_leftover(s), *_unsettled(s))
     if not after.actions:
         return Decision(actions=closing + now.actions, why=now.why)
     return Decision(actions=closing + after.actions + now.actions, why=f"{after.why}; {now.why}")
@@ -235,6 +245,19 @@ def _leftover(s: Situation) -> tuple[Action, ...]:
     if not over:
         return ()
     return (SecureStep(known.round, known.attempt, "close"),)
+
+
+def _unsettled(s: Situation) -> tuple[Action, ...]:
+    """Settle what was reserved for rounds that are over."""
+    current, last = s.seen.current, s.seen.last_released
+    found = []
+    for round_ in s.reserved:
+        if current is not None and current.round == round_ and current.raw_phase.name not in _OVER:
+            continue
+        ended = [seen for seen in (current, last) if seen is not None and seen.round == round_]
+        in_sum = any(s.node in seen.raw_phase.survivors for seen in ended)
+        found.append(SettleSpend(round_, in_sum))
+    return tuple(found)
 
 
 def forgotten(view: View, states: Iterable[SecureKnown]) -> tuple[Action, ...]:

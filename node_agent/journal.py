@@ -279,6 +279,18 @@ class Journal:
         with self._errors(), self._engine.connect() as connection:
             return tuple(connection.scalars(query.order_by(_rounds.c.number)))
 
+    def all_joined(self) -> tuple[tuple[RoundId, int], ...]:
+        """Every round of every run that this node joined, and which of the plan's rounds it was."""
+        position = _rounds.c.index.label("position")
+        query = sa.select(_rounds.c.run, _rounds.c.number, position).where(_rounds.c.joined)
+        with self._errors(), self._engine.connect() as connection:
+            rows = connection.execute(query.order_by(_rounds.c.run, _rounds.c.number)).all()
+        return tuple((RoundId(RunId(row.run), row.number), row.position) for row in rows)
+
+    def made_vector(self, round_: RoundId) -> bool:
+        """Whether a vector was made in any attempt: something of it may have left."""
+        return self._one(sa.select(_uploads.c.attempt).where(*_is(_uploads, round_))) is not None
+
     def add_decision(
         self, round_: RoundId, *, index: int, start_root: Digest, refusal: Refusal | None
     ) -> RoundRecord:

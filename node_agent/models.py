@@ -395,6 +395,7 @@ class Models:
                     nodes=survivors,
                     roster=len(plan.roster),
                     writer=write,
+                    noisy=plan.adds_noise,
                     threads=threads,
                 )
         except OSError as error:

@@ -21,9 +21,7 @@ from node_agent.view import RunSeen
 from protocols.errors import FederationError, PlanRefusedError
 from protocols.identifiers import Digest, FederationId, NodeId
 from protocols.outer_optimizers import optimizer_for
-from protocols.plan import Plan
-
-MODES = ("open", "aggregate-only")  # what this agent can take part in
+from protocols.plan import MODES, Plan
 
 
 def check_plan(

@@ -27,6 +27,8 @@ from node_agent.launchers.local import (
 )
 from node_agent.launchers.slurm import SlurmLauncher
 from node_agent.models import Models
+from node_agent.privacy import PrivacyGuard
+from node_agent.privacy_ledger import PrivacyLedger
 from node_agent.spool import Spool
 from protocols.identifiers import NodeId
 
@@ -47,6 +49,7 @@ class Site:
     keys: KeyStore
     signing_key: Ed25519PrivateKey = field(repr=False)
     journal: Journal
+    privacy: PrivacyGuard
     models: Models
     connection: Connection
     launchers: Mapping[str, Launcher]  # by kind of local step
@@ -117,12 +120,15 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
     folder.make()
     keys = KeyStore(folder.keys)
     identity, signing_key = keys.tls(), keys.signing_key()
+    journal = Journal(folder.journal, now=utc_now)
+    ledger = PrivacyLedger(folder.privacy, now=utc_now)
     return Site(
         folder=folder,
         config=config,
         keys=keys,
         signing_key=signing_key,
-        journal=Journal(folder.journal, now=utc_now),
+        journal=journal,
+        privacy=PrivacyGuard(ledger=ledger, journal=journal, config=config),
         models=Models(folder.models.resolve()),
         connection=Connection(config.coordinator, identity, rng=rng),
         launchers=make_launchers(folder, config, rng=rng),

@@ -30,6 +30,8 @@ class RunStatus:
     why: str  # of the last decision
     doing: tuple[str, ...] = ()  # actions under way
     stopped: str = ""  # why this node takes no further part
+    declined: str = ""  # why it does not take part in the round
+    privacy: str = ""  # what the run's sums promise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ protocols/spec/plan.md.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -51,6 +51,7 @@ from protocols.secagg.threshold import MAX_ROSTER, SecaggTerms
 PLAN_SCHEMA: Final = "minga.plan/1"
 
 Mode = Literal["open", "aggregate-only", "record-local", "record-distributed", "institution"]
+MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 
 
 class Model(Part):

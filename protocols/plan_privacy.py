@@ -31,6 +31,22 @@ NOT_PRIVATE: Final = "not differentially private"
 _DELTA = re.compile(r"(0\.[0-9]{1,30}|[1-9](\.[0-9]{1,15})?e-[1-9][0-9]?)")
 
 
+def promise(plan: Plan) -> str:
+    """What the mode of a plan promises, in a few words for every place where it is shown."""
+    terms = plan.privacy
+    if terms is None:
+        masked = "single updates are masked, their sum is" if plan.secagg else "updates are"
+        return f"mode {plan.mode}: {masked} {NOT_PRIVATE}"
+    z = f"noise {terms.noise_multiplier:g} times the sensitivity"
+    if plan.mode == "institution":
+        return f"mode institution: differentially private by institution, {z}, delta {terms.delta}"
+    where = "at each site" if plan.mode == "record-local" else "shared by the sites"
+    return (
+        f"mode {plan.mode}: differentially private by {terms.unit}, {z} {where}, sampling rate"
+        f" {terms.sampling_rate:g}, {terms.steps} steps a round, delta {terms.delta}"
+    )
+
+
 class Privacy(Part):
     """What is promised to whom, and the mechanism that keeps it."""
 

@@ -49,7 +49,6 @@ def release(
     blobs: Blobs,
     layouts: Layouts,
     remover: LaneAdder | None = None,
-    noisy: bool = False,
     threads: int = 2,
 ) -> Release:
     """Add the uploads, take the outer step, store both.
@@ -62,7 +61,6 @@ def release(
         blobs: where sum and snapshot go.
         layouts: of the plan.
         remover: takes the remaining masks off each chunk of a masked sum.
-        noisy: the integers carry noise, so the clamp limit does not bound the sum.
         threads: chunks worked on at once.
 
     Raises:
@@ -80,7 +78,7 @@ def release(
             writer.write(chunk)
         # While the outer step is computed, the rest of the sum gets to the disk.
         result = _outer_step(
-            plan, index, start, manifest, writer.read, len(uploads), blobs, layouts, noisy, threads
+            plan, index, start, manifest, writer.read, len(uploads), blobs, layouts, threads
         )
         sum_digest = writer.finish()
     snapshot = next_snapshot(start, result)
@@ -102,7 +100,6 @@ def _outer_step(
     survivors: int,
     blobs: Blobs,
     layouts: Layouts,
-    noisy: bool,
     threads: int,
 ) -> OuterResult:
     layout, ring = layouts.of(plan, index), round_ring(plan)
@@ -128,7 +125,7 @@ def _outer_step(
                 nodes=survivors,
                 roster=len(plan.roster),
                 writer=files.write,
-                noisy=noisy,
+                noisy=plan.adds_noise,
                 threads=threads,
             )
             files.sync()

@@ -189,6 +189,37 @@ secure_messages = Table(
     comment="Messages of secure sums as they came; the first of each kind stays",
 )
 
+privacy_claims = Table(
+    "privacy_claims",
+    metadata,
+    Column("run_id", Text, ForeignKey("runs.run_id"), primary_key=True, comment="of which run"),
+    Column(
+        "claim",
+        LargeBinary,
+        nullable=False,
+        comment="canonical JSON: what a training round costs each institution",
+    ),
+    comment="Runs in private modes and what their rounds cost",
+)
+
+privacy_spends = Table(
+    "privacy_spends",
+    metadata,
+    Column("run_id", Text, primary_key=True, comment="of which run"),
+    Column("number", Integer, primary_key=True, autoincrement=False, comment="of which round"),
+    Column("node_id", Text, ForeignKey("nodes.node_id"), primary_key=True, comment="whose data"),
+    Column("dataset", Text, nullable=False, comment="which of its data"),
+    Column("claim", LargeBinary, nullable=False, comment="canonical JSON: what it costs"),
+    Column("status", Text, nullable=False, comment="reserved | released | burned | void"),
+    Column("reserved_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    Column("settled_at", BigInteger, comment="Unix ms UTC; NULL: reserved"),
+    ForeignKeyConstraint(["run_id", "number"], ["rounds.run_id", "rounds.number"]),
+    CheckConstraint("status IN ('reserved', 'released', 'burned', 'void')", name="status"),
+    CheckConstraint("(status = 'reserved') = (settled_at IS NULL)", name="settled"),
+    Index("ix_privacy_spends_data", "node_id", "dataset"),
+    comment="Privacy that institutions' data have spent; all but void counts",
+)
+
 traffic = Table(
     "traffic",
     metadata,

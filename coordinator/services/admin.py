@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Final, TypeAlias
@@ -20,16 +20,19 @@ from coordinator.blobs import Blobs
 from coordinator.ca import CertificateAuthority
 from coordinator.clock import Clock
 from coordinator.ledger import HistoryRow, Ledger, RoundRow, Tx
+from coordinator.ledger.privacy import SpendRow
+from coordinator.privacy import Cap, spend_facts
 from coordinator.rounds import advance, why_now
 from coordinator.services.caller import Callers
 from coordinator.services.facts import full_facts, history_entry, node_facts, run_facts
 from coordinator.services.progress import read_progress
 from coordinator.services.submission import check_roster, check_submission, check_terms
 from coordinator.trust_repository import TrustRepository
+from policies.privacy.claim import Claim
 from protocols.enrolment import SECRET_BYTES, Invitation
 from protocols.errors import MalformedMessageError, NotFoundError, RefusedError
 from protocols.gen import admin_pb2, admin_pb2_grpc, rounds_pb2
-from protocols.identifiers import RunId, parse_node_id, parse_run_id
+from protocols.identifiers import NodeId, RunId, parse_node_id, parse_run_id
 from protocols.plan import Plan
 from protocols.rounds import StopRequested, waiting_for
 from protocols.rounds_codec import to_ms
@@ -40,6 +43,7 @@ MAX_INVITATION_HOURS: Final = 72
 _WATCH_S: Final = 30.0
 _BATCH: Final = 500  # history entries read at once
 Context: TypeAlias = grpc.aio.ServicerContext
+Spends: TypeAlias = list[SpendRow]
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
@@ -54,6 +58,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         blobs: Blobs,
         authority: CertificateAuthority,
         trust: TrustRepository | None = None,
+        caps: Sequence[Cap] = (),
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         self._callers = callers
@@ -61,6 +66,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._clock = clock
         self._blobs = blobs
         self._authority = authority
+        self._caps = caps
         self._random_bytes = random_bytes
         self._trust = trust
 
@@ -113,7 +119,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Begin a run. The same plan and snapshot again give the same answer."""
         operator = await self._callers.operator(context)
         plan, snapshot = Plan.from_bytes(request.plan), Snapshot.from_bytes(request.snapshot)
-        await asyncio.to_thread(
+        claim = await asyncio.to_thread(
             check_submission, plan, snapshot, self._blobs, self._authority.federation
         )
         await asyncio.to_thread(self._blobs.put_bytes, request.snapshot)  # for auditors
@@ -123,7 +129,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             rows = await self._ledger.read("nodes", Tx.nodes)
             check_terms(plan, request.plan, state, {row.node: row for row in rows}, now)
         return await self._ledger.run(
-            "submit_run", lambda tx: submit(tx, plan, request.snapshot, operator.name, now)
+            "submit_run", lambda tx: submit(tx, plan, request.snapshot, operator.name, now, claim)
         )
 
     async def ListRuns(
@@ -140,7 +146,21 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Everything about a run."""
         await self._callers.operator(context)
         run_id, now = parse_run_id(request.run), self._clock.now()
-        return await self._ledger.read("show_run", lambda tx: full_facts(tx, run_id, now))
+
+        def look(tx: Tx) -> tuple[admin_pb2.RunFacts, Plan, Claim | None, dict[NodeId, Spends]]:
+            plan, claim = tx.run(run_id).plan, tx.claim(run_id)
+            spends = (
+                {node: tx.spends_of_data(node, claim.dataset) for node in plan.roster_ids}
+                if claim is not None
+                else {}
+            )
+            return full_facts(tx, run_id, now), plan, claim, spends
+
+        facts, plan, claim, spends = await self._ledger.read("show_run", look)
+        if claim is not None:
+            told = await asyncio.to_thread(spend_facts, plan, claim, spends, self._caps, now)
+            facts.privacy.extend(told)
+        return facts
 
     async def WatchRun(
         self, request: admin_pb2.WatchRunRequest, context: Context
@@ -193,7 +213,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         return await self._ledger.read("show_run", lambda tx: full_facts(tx, run_id, now))
 
 
-def submit(tx: Tx, plan: Plan, snapshot: bytes, operator: str, now: datetime) -> admin_pb2.RunFacts:
+def submit(
+    tx: Tx,
+    plan: Plan,
+    snapshot: bytes,
+    operator: str,
+    now: datetime,
+    claim: Claim | None = None,
+) -> admin_pb2.RunFacts:
     """Record a run that was checked.
 
     Raises:
@@ -202,7 +229,10 @@ def submit(tx: Tx, plan: Plan, snapshot: bytes, operator: str, now: datetime) ->
     """
     if tx.find_run(plan.run_id) is None:
         check_roster(plan, {row.node: row for row in tx.nodes()})
-    return run_facts(tx.add_run(plan, snapshot, now, by=operator))
+    row = tx.add_run(plan, snapshot, now, by=operator)
+    if claim is not None:
+        tx.add_claim(plan.run_id, claim)
+    return run_facts(row)
 
 
 def stop(tx: Tx, run_id: RunId, reason: str, now: datetime) -> None:

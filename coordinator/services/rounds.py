@@ -7,6 +7,7 @@ the error interceptor alone makes them statuses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, TypeAlias
@@ -15,6 +16,7 @@ import grpc
 
 from coordinator.clock import Clock
 from coordinator.ledger import Ledger, RoundRow, RunRow, Tx
+from coordinator.privacy import Cap, reserve
 from coordinator.rounds import advance, why_now
 from coordinator.services.board import Board
 from coordinator.services.caller import Callers
@@ -49,8 +51,11 @@ Context: TypeAlias = grpc.aio.ServicerContext
 class RoundsService(rounds_pb2_grpc.RoundsServicer):
     """Answers node agents."""
 
-    def __init__(self, *, callers: Callers, ledger: Ledger, clock: Clock) -> None:
+    def __init__(
+        self, *, callers: Callers, ledger: Ledger, clock: Clock, caps: Sequence[Cap] = ()
+    ) -> None:
         self._callers = callers
+        self._caps = caps
         self._ledger = ledger
         self._clock = clock
         self._board = Board(ledger, clock)
@@ -141,7 +146,9 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
         now = self._clock.now()
         answer = await self._ledger.run(
             transaction,
-            lambda tx: take(tx, transaction, round_id, event, now, terms=terms, note=note),
+            lambda tx: take(
+                tx, transaction, round_id, event, now, terms=terms, note=note, caps=self._caps
+            ),
         )
         return rounds_pb2.RoundReply(phase=phase_to_view(answer.phase), why=answer.why)
 
@@ -171,6 +178,7 @@ def take(
     *,
     terms: Terms | None = None,
     note: str = "",
+    caps: Sequence[Cap] = (),
 ) -> Step:
     """Take one message of a node: check who and under which terms, decide, record.
 
@@ -195,9 +203,12 @@ def take(
         )
     if terms is not None:
         check_terms(run, row, event.node, terms)
-    return advance(
+    answer = advance(
         tx, round_id, event, now, transaction=transaction, node=event.node, note=note, row=row
     )
+    if isinstance(event, JoinArrived):  # refused, nothing of the above is written
+        reserve(tx, run, row, event.node, caps, now)
+    return answer
 
 
 def _check_member(tx: Tx, run: RunRow, node: NodeId) -> None:

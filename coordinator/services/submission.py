@@ -12,6 +12,8 @@ from typing import Final
 
 from coordinator.blobs import Blobs
 from coordinator.ledger import NodeRow
+from policies.privacy.claim import Claim, claim_of
+from policies.privacy.terms import noise_terms
 from protocols.errors import MalformedMessageError, NotFoundError, PlanRefusedError
 from protocols.governance.approval import check_approval
 from protocols.governance.documents import member_refusal, run_refusal
@@ -25,16 +27,18 @@ from protocols.tensors.manifest import Manifest
 from protocols.tensors.scales import Scales
 from protocols.tensors.snapshot import Snapshot
 
-MODES: Final = frozenset({"open", "aggregate-only"})  # what this coordinator can carry through
 _MAX_MANIFEST: Final = 64 * 2**20  # bytes
 
 
 def check_submission(
     plan: Plan, snapshot: Snapshot, blobs: Blobs, federation: FederationId
-) -> None:
+) -> Claim | None:
     """Compare a plan with the federation, its starting snapshot and the blobs that are here.
 
     Reads files: call it in a thread.
+
+    Returns:
+        What a training round costs each institution; None: the plan is not private.
 
     Raises:
         PlanRefusedError: the sentence names the rule.
@@ -45,11 +49,6 @@ def check_submission(
         raise PlanRefusedError(
             f"the plan is for federation {plan.federation}, this is {federation}",
             rule="plan.federation",
-        )
-    if plan.mode not in MODES:
-        raise PlanRefusedError(
-            f"this coordinator cannot carry out mode {plan.mode}, only {', '.join(sorted(MODES))}",
-            rule="plan.mode",
         )
     if snapshot.model_root != plan.model.initial:
         raise PlanRefusedError(
@@ -63,10 +62,11 @@ def check_submission(
             rule="model.initial",
         )
     optimizer_for(plan.outer)
-    _check_blobs(plan, snapshot, blobs)
+    manifest = _check_blobs(plan, snapshot, blobs)
+    return claim_of(plan, 0, round_layout(plan, 0, manifest).model_coordinates)
 
 
-def _check_blobs(plan: Plan, snapshot: Snapshot, blobs: Blobs) -> None:
+def _check_blobs(plan: Plan, snapshot: Snapshot, blobs: Blobs) -> Manifest:
     names = {
         "manifest": snapshot.manifest,
         "theta": snapshot.theta,
@@ -86,8 +86,16 @@ def _check_blobs(plan: Plan, snapshot: Snapshot, blobs: Blobs) -> None:
                 f"{name} has {size} bytes; {manifest.coordinates} coordinates have {need}",
                 rule="model.initial",
             )
-    scales = blobs.open(Digest(snapshot.scales))
-    Scales.from_bytes(scales.read(0, scales.size), manifest)
+    reader = blobs.open(Digest(snapshot.scales))
+    scales = Scales.from_bytes(reader.read(0, reader.size), manifest)
+    if plan.privacy is not None:
+        noise = noise_terms(plan, round_layout(plan, 0, manifest).model_coordinates)
+        if plan.adds_noise and (scales.exponents != noise.exponent).any():
+            raise PlanRefusedError(
+                "the snapshot's scales are not the plan's: noise is made for those of the plan",
+                rule="privacy.scales",
+            )
+    return manifest
 
 
 def check_roster(plan: Plan, known: Mapping[NodeId, NodeRow]) -> None:

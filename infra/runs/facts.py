@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from infra.runs.spent import Spent, read_spent, spent_to_json
 from protocols.gen import admin_pb2
 from protocols.identifiers import RoundId
 from protocols.plan import Plan
+from protocols.plan_privacy import promise
 from protocols.rounds_codec import from_ms
 from protocols.wire import read_round
 
@@ -155,6 +157,8 @@ class RunReport:
     rounds_planned: int
     rounds: tuple[RoundReport, ...]  # in the order in which they were opened
     mode: str = ""  # of the sum; empty: not known
+    promise: str = ""  # what the mode promises, in a few words
+    spent: tuple[Spent, ...] = ()  # of each institution; empty: nothing is private
 
     @property
     def ended(self) -> bool:
@@ -269,6 +273,8 @@ def read_run_facts(facts: admin_pb2.RunFacts) -> RunReport:
         rounds_planned=int(facts.rounds_planned),
         rounds=tuple(read_round_facts(entry, roster) for entry in facts.rounds),
         mode=plan.mode if plan else "",
+        promise=promise(plan) if plan else "",
+        spent=read_spent(facts.privacy),
     )
 
 
@@ -327,6 +333,8 @@ def run_to_json(report: RunReport) -> dict[str, Any]:
         "title": report.title,
         "status": report.status,
         "mode": report.mode or None,
+        "promise": report.promise or None,
+        "privacy": spent_to_json(report.spent),
         "plan_digest": report.plan_digest,
         "submitted_at": report.submitted_at.isoformat(),
         "rounds_planned": report.rounds_planned,

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.runs.facts import RoundReport, RunReport, Traffic, human_bytes, sparkline
+from infra.runs.spent import spent_table
 from protocols.gen import rounds_pb2
 
 PHASES: Final = ("Open", "Training", "Dealing", "Uploading", "Committing", "Revealing", "Released")
@@ -203,6 +204,8 @@ def run_view(run: RunReport) -> RenderableType:
     if run.title:
         head.append(f"  {run.title}")
     parts: list[RenderableType] = [head, Text(f"plan {run.plan_digest}")]
+    if run.promise:
+        parts.append(Text(run.promise))
     if not run.rounds:
         parts.append(Text("no round was opened yet"))
         return Group(*parts)
@@ -214,6 +217,9 @@ def run_view(run: RunReport) -> RenderableType:
     if learning is not None:
         parts.append(learning)
     parts.append(traffic_table(run.rounds))
+    spent = spent_table(run.spent)
+    if spent is not None:
+        parts.append(spent)
     current = run.current
     if current is not None:
         parts.append(Text(f"{current.round} {current.phase}: {current.why}"))

@@ -14,6 +14,7 @@ from node_agent.config import NodeFolder, load_config
 from node_agent.doctor import Finding
 from node_agent.journal import Journal
 from node_agent.lock import lock_holder
+from node_agent.spent import privacy_facts, privacy_lines
 from node_agent.status import iso, read_status
 from protocols.errors import NotFoundError
 from protocols.identifiers import parse_run_id
@@ -59,6 +60,7 @@ def node_facts(folder: Path) -> dict[str, Any]:
         "agent_pid": holder,
         "paused": node.paused.exists(),
         "agent": read_status(node.status),
+        "privacy": privacy_facts(node, config, datetime.now(UTC)),
         "journal": _entries(node, run=None, last=_LAST),
     }
 
@@ -84,8 +86,14 @@ def print_status(facts: dict[str, Any]) -> None:
         for run in agent["runs"]:
             at = f"{run['round']} {run['phase']}" if run["round"] else run["status"]
             _line((run["run"], "bold"), f" {at}: {run['why'] or run['status']}")
+            if run.get("privacy"):
+                _line(f"  {run['privacy']}")
+            if run.get("declined"):
+                _line(f"  declined: {run['declined']}")
             if run["stopped"]:
                 _line(f"  takes no further part: {run['stopped']}")
+    for text in privacy_lines(facts["privacy"]):
+        _line(text)
     if facts["journal"]:
         _line("last entries of the journal:")
         print_journal(facts["journal"])

@@ -137,8 +137,10 @@ def renyi(charges: Sequence[Charge], orders: Sequence[float]) -> list[float]:
     if relation is None:
         return totals
     accountant = RdpAccountant(list(orders), NeighboringRelation[relation.name])
+    counts: dict[Event, int] = {}  # a run's rounds are one event many times: composed at once
     for charge in charges:
-        event = charge.event
+        counts[charge.event] = counts.get(charge.event, 0) + charge.count
+    for event, count in counts.items():
         if not all(_supported_order(event, alpha) for alpha in orders):
             raise PlanRefusedError(
                 "noise in whole numbers is accounted at whole orders only",
@@ -148,10 +150,10 @@ def renyi(charges: Sequence[Charge], orders: Sequence[float]) -> list[float]:
             step = GaussianDpEvent(event.noise_multiplier)
             if event.sampling_rate < 1:
                 step = PoissonSampledDpEvent(event.sampling_rate, step)
-            accountant.compose(step, charge.count)
+            accountant.compose(step, count)
         else:
             for i, alpha in enumerate(orders):
-                totals[i] += charge.count * event.renyi(alpha)
+                totals[i] += count * event.renyi(alpha)
     return [
         (own + float(library)) * _PAD
         for own, library in zip(totals, accountant.rdp.tolist(), strict=True)

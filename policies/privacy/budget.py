@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
+from typing import Final
 
 from policies.privacy.accounting import WHOLE_ORDERS, Guarantee, account_renyi
 from policies.privacy.events import Charge, Event
@@ -189,3 +190,99 @@ def afford(
         after=after,
         rounds_left=low,
     )
+
+
+def midnight(day: date | None) -> datetime | None:
+    """The moment a day begins, UTC; None stays None."""
+    return None if day is None else datetime(day.year, day.month, day.day, tzinfo=UTC)
+
+
+RELATION_OF: Final = {
+    Unit.DOCUMENT: Relation.ADD_OR_REMOVE_ONE,
+    Unit.SEQUENCE: Relation.ADD_OR_REMOVE_ONE,
+    Unit.INSTITUTION: Relation.REPLACE_SPECIAL,
+}
+
+
+def filter_order(epsilon: float, delta: float) -> float:
+    """The whole order at which a filter for this budget wastes least, for Gaussian noise.
+
+    With rho of zero-concentrated privacy epsilon is rho + 2 sqrt(rho L), L = ln(1 / delta), at
+    order 1 + sqrt(L / rho). It follows from the budget alone, so it is fixed in advance.
+    """
+    log = math.log(1 / delta)
+    return float(
+        min(1024, max(2, round(1 + math.sqrt(log) / (math.sqrt(log + epsilon) - math.sqrt(log)))))
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """What a site allows for one unit of one data set in a period, as it writes it down.
+
+    Rounds of one plan are composed at the best order, the terms being fixed before the first.
+    Runs of different plans may have been chosen by what earlier ones showed; they are composed by a
+    filter at ``filter_order``. Whichever of the two a history ends in, it had half of delta.
+    """
+
+    dataset: str
+    unit: Unit
+    epsilon: float
+    delta: float
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
+
+    @property
+    def fixed(self) -> Budget:
+        """For rounds that all have the same terms."""
+        return self._budget(WHOLE_ORDERS, adaptive=False)
+
+    @property
+    def adaptive(self) -> Budget:
+        """For rounds of several plans."""
+        order = filter_order(self.epsilon, self.delta / 2)
+        return self._budget((order,), adaptive=True)
+
+    def _budget(self, orders: tuple[float, ...], *, adaptive: bool) -> Budget:
+        return Budget(
+            epsilon=self.epsilon,
+            delta=self.delta / 2,
+            unit=self.unit,
+            relation=RELATION_OF[self.unit],
+            starts_at=self.starts_at,
+            ends_at=self.ends_at,
+            orders=orders,
+            adaptive=adaptive,
+        )
+
+    def spent(self, spends: Iterable[Spend]) -> Guarantee:
+        """What the period has spent, at delta.
+
+        Raises:
+            PlanRefusedError: spends of another unit are among them.
+        """
+        charges = tuple(spend.charge for spend in counted(self.fixed, spends))
+        orders = WHOLE_ORDERS if _same_events(charges) else self.adaptive.orders
+        if not charges:
+            return account_renyi((), delta=self.delta)
+        return account_renyi(charges, delta=self.delta / 2, orders=orders)
+
+
+def afford_allowance(
+    allowance: Allowance,
+    spends: Iterable[Spend],
+    wanted: Charge,
+    *,
+    now: datetime,
+    rounds: int = 1,
+) -> Affordable:
+    """Decide whether a release fits into what a site allows; arguments as ``afford``.
+
+    Raises:
+        CorruptStateError, PlanRefusedError: as ``afford``.
+    """
+    known = tuple(spends)
+    answer = afford(allowance.fixed, known, wanted, now=now, rounds=rounds)
+    if answer.rule != "privacy.adaptive":
+        return answer
+    return afford(allowance.adaptive, known, wanted, now=now, rounds=rounds)

@@ -80,7 +80,7 @@ class ShowRunRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ...) -> None: ...
 
 class RunFacts(_message.Message):
-    __slots__ = ("run", "title", "status", "plan_digest", "submitted_at_ms", "rounds_planned", "rounds", "plan")
+    __slots__ = ("run", "title", "status", "plan_digest", "submitted_at_ms", "rounds_planned", "rounds", "plan", "privacy")
     RUN_FIELD_NUMBER: _ClassVar[int]
     TITLE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class RunFacts(_message.Message):
     ROUNDS_PLANNED_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
     run: str
     title: str
     status: str
@@ -97,7 +98,30 @@ class RunFacts(_message.Message):
     rounds_planned: int
     rounds: _containers.RepeatedCompositeFieldContainer[RoundFacts]
     plan: bytes
-    def __init__(self, run: _Optional[str] = ..., title: _Optional[str] = ..., status: _Optional[str] = ..., plan_digest: _Optional[str] = ..., submitted_at_ms: _Optional[int] = ..., rounds_planned: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundFacts, _Mapping]]] = ..., plan: _Optional[bytes] = ...) -> None: ...
+    privacy: _containers.RepeatedCompositeFieldContainer[SpendFacts]
+    def __init__(self, run: _Optional[str] = ..., title: _Optional[str] = ..., status: _Optional[str] = ..., plan_digest: _Optional[str] = ..., submitted_at_ms: _Optional[int] = ..., rounds_planned: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundFacts, _Mapping]]] = ..., plan: _Optional[bytes] = ..., privacy: _Optional[_Iterable[_Union[SpendFacts, _Mapping]]] = ...) -> None: ...
+
+class SpendFacts(_message.Message):
+    __slots__ = ("node", "dataset", "unit", "rounds", "epsilon", "delta", "budget", "rounds_left", "why")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    dataset: str
+    unit: str
+    rounds: int
+    epsilon: str
+    delta: str
+    budget: str
+    rounds_left: int
+    why: str
+    def __init__(self, node: _Optional[str] = ..., dataset: _Optional[str] = ..., unit: _Optional[str] = ..., rounds: _Optional[int] = ..., epsilon: _Optional[str] = ..., delta: _Optional[str] = ..., budget: _Optional[str] = ..., rounds_left: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
 
 class PhaseTime(_message.Message):
     __slots__ = ("phase", "entered_at_ms")

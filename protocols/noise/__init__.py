@@ -6,5 +6,5 @@
     streams             secret bytes that both read
 
 Integers, because sums of rounded floats reveal what they were rounded from. Pure: whoever calls
-brings the seed. No plan mode uses this package yet.
+brings the seed.
 """

@@ -132,6 +132,7 @@ def encode_bounded(
             mask_adder=masks,
             noise=add,
             measure_squares=True,
+            count_clamped=False,
             threads=threads,
         )
 

@@ -81,6 +81,9 @@ class AttemptKeys:
     rk_randomness: bytes = field(repr=False)  # Shamir coefficients of rk_secret
     b_randomness: bytes = field(repr=False)  # Shamir coefficients of self_seed
     salts: bytes = field(repr=False)  # 16 bytes for each share that may be dealt
+    # Of the noise on this node's update. Not a function of RK or b: whoever breaks X25519 one day,
+    # or opens b, does not learn it.
+    noise_seed: bytes = field(repr=False)
 
     @classmethod
     def derive(cls, seed: bytes, attempt: Attempt, node: NodeId) -> AttemptKeys:
@@ -114,6 +117,7 @@ class AttemptKeys:
             rk_randomness=part("rk-shares", coefficients),
             b_randomness=part("b-shares", coefficients),
             salts=part("salts", 2 * MAX_ROSTER * SALT_BYTES),
+            noise_seed=part("noise"),
         )
 
     @property

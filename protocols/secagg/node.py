@@ -255,6 +255,7 @@ def acknowledge(
             held=held,
             rk_secret=keys.rk_secret,
             self_seed=keys.self_seed,
+            noise_seed=keys.noise_seed,
             deal_ok=deal_ok,
         ),
         send=(deal_ok,),
@@ -314,6 +315,7 @@ def go(state: NodeState, message: Go) -> Move:
             held=state.held,
             rk_secret=state.rk_secret,
             self_seed=state.self_seed,
+            noise_seed=state.noise_seed,
         ),
         why=f"{state.attempt}: all {len(state.deals)} nodes agree on one context",
     )

@@ -9,16 +9,16 @@ Each state holds what is needed from then on and nothing else: moving on is what
     state        holds of its own secrets      holds of others
     ReadySent    seed (EK, RK, b, all)         -
     Dealt        seed                          -
-    DealOkSent   RK, b                         two shares of each dealer
-    Masking      RK, b                         two shares of each dealer
+    DealOkSent   RK, b, noise seed             two shares of each dealer
+    Masking      RK, b, noise seed             two shares of each dealer
     Uploaded     -                             two shares of each dealer
     Committed    -                             two shares of each dealer
     Revealed     -                             -
     AbortSent    -                             -
     Closed       -                             -
 
-RK and b are gone as soon as the upload is fixed: from then on the masked vector can be opened only
-by the others together, and a copy of this node's disk does not help.
+RK, b and the seed of the noise are gone as soon as the upload is fixed: from then on the masked
+vector can be opened only by the others together, and a copy of this node's disk does not help.
 """
 
 from __future__ import annotations
@@ -135,17 +135,19 @@ class _WithDeals(_State):
 class DealOkSent(_WithDeals):
     """DEAL_OK may be out: this node must not complain any more."""
 
-    SCHEMA: ClassVar[str] = "minga.secagg.state.deal-ok-sent/1"
+    SCHEMA: ClassVar[str] = "minga.secagg.state.deal-ok-sent/2"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
         **_BASE,
         **_DEALT,
         "rk_secret": _SEED,
         "self_seed": _SEED,
+        "noise_seed": _SEED,
         "deal_ok": signed_codec(DealOk),
     }
 
     rk_secret: bytes = field(repr=False)
     self_seed: bytes = field(repr=False)
+    noise_seed: bytes = field(repr=False)
     deal_ok: Signed[DealOk]
 
 
@@ -153,16 +155,18 @@ class DealOkSent(_WithDeals):
 class Masking(_WithDeals):
     """GO was valid: masks may be made. Nothing masked has left this machine."""
 
-    SCHEMA: ClassVar[str] = "minga.secagg.state.masking/1"
+    SCHEMA: ClassVar[str] = "minga.secagg.state.masking/2"
     FIELDS: ClassVar[Mapping[str, Codec[Any]]] = {
         **_BASE,
         **_DEALT,
         "rk_secret": _SEED,
         "self_seed": _SEED,
+        "noise_seed": _SEED,
     }
 
     rk_secret: bytes = field(repr=False)
     self_seed: bytes = field(repr=False)
+    noise_seed: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

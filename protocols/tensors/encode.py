@@ -249,6 +249,7 @@ class _Job:
     mask_adder: LaneAdder | None
     noise: Noise | None
     measure_squares: bool
+    count_clamped: bool
 
     def scratch(self) -> _Scratch:
         return _Scratch(min(CHUNK, self.layout.coordinates), self.ring)
@@ -276,7 +277,7 @@ class _Job:
     def counted(self, clamped: int) -> dict[str, int]:
         """The metrics with ``clamped`` filled in, where the layout has it."""
         values = dict(self.metrics)
-        if "clamped" in self.layout.metrics:
+        if "clamped" in self.layout.metrics and self.count_clamped:
             values["clamped"] = min(clamped, METRIC_BOUND - 1)
         return values
 
@@ -334,6 +335,7 @@ def encode_vector(
     mask_adder: LaneAdder | None = None,
     noise: Noise | None = None,
     measure_squares: bool = False,
+    count_clamped: bool = True,
     threads: int = 1,
 ) -> EncodeReport:
     """Encode an update and its metrics; hand the packed chunks to ``sink`` in order.
@@ -357,6 +359,7 @@ def encode_vector(
             in place. Metrics carry no noise.
         measure_squares: also report the exact sum of squares of the rounded model integers. With a
             ``sink`` that drops the bytes this is the look ahead that conditional rounding needs.
+        count_clamped: false sends ``clamped`` as given: no noise covers a count of the update.
         threads: chunks worked on at once; memory is O(threads * chunk).
 
     Raises:
@@ -380,6 +383,7 @@ def encode_vector(
         mask_adder=mask_adder,
         noise=noise,
         measure_squares=measure_squares,
+        count_clamped=count_clamped,
     )
     encode_metrics(job.counted(0), layout.metrics)  # refuse bad metrics before any work
 

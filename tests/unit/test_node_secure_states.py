@@ -37,7 +37,7 @@ def states(folder):
 
 def secrets_of(state):
     """Every byte string of a state that must not be seen."""
-    found = [getattr(state, name, b"") for name in ("seed", "rk_secret", "self_seed")]
+    found = [getattr(state, name, b"") for name in ("seed", "rk_secret", "self_seed", "noise_seed")]
     found += [opening for held in getattr(state, "held", ()) for opening in shares_of(held)]
     return [secret for secret in found if secret]
 

@@ -323,7 +323,7 @@ def test_what_is_wrong_with_text(tmp_path):
         (the_plan(federation="elsewhere"), {}, "plan.federation"),
         (the_plan(roster=["b", "c"]), {}, "plan.roster"),
         (
-            the_plan().model_copy(update={"mode": "institution"}),
+            the_plan().model_copy(update={"mode": "of tomorrow"}),
             {},
             "plan.mode",
         ),

@@ -250,6 +250,7 @@ SECRET_FIELDS = {
     "ek_secret",
     "rk_secret",
     "self_seed",
+    "noise_seed",
     "rk_randomness",
     "b_randomness",
     "salts",
@@ -334,9 +335,10 @@ def test_later_states_hold_fewer_secrets():
     site = world.members[node_name(1)]
     world.up_to_go()
     state = site.state
-    secrets = {state.rk_secret, state.self_seed}
+    secrets = {state.rk_secret, state.self_seed, state.noise_seed}
     keys = AttemptKeys.derive(_seed(world), world.attempt, site.node)
-    assert secrets == {keys.rk_secret, keys.self_seed}
+    assert secrets == {keys.rk_secret, keys.self_seed, keys.noise_seed}
+    assert len(secrets) == 3
     assert keys.ek_secret.hex().encode() not in site.record
     assert _seed(world).hex().encode() not in site.record
     world.do_upload()

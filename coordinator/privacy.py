@@ -1,0 +1,148 @@
+"""The coordinator's side of privacy: what a run costs, who may still afford it, what it came to.
+
+Its ledger decides nothing for a node: each node asks its own. Where the operator writes budgets
+(``[[privacy.budget]]`` in config.toml) a join beyond them is refused here too; otherwise spends are
+only written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from coordinator.ledger.privacy import SpendRow
+from coordinator.ledger.rows import RoundRow, RunRow
+from coordinator.ledger.tx import Tx
+from policies.privacy.budget import Allowance, SpendStatus, afford_allowance
+from policies.privacy.claim import Claim
+from policies.privacy.sensitivity import Unit
+from protocols.errors import PlanRefusedError
+from protocols.gen import admin_pb2
+from protocols.identifiers import NodeId, RunId
+from protocols.plan import Plan
+from protocols.rounds import Aborted, Burned, Open, Phase, Released
+
+EVERYBODY = "*"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cap:
+    """What the federation allows an institution's data set to spend."""
+
+    institution: str  # "*": every one that has no cap of its own
+    allowance: Allowance
+
+
+def cap_for(caps: Sequence[Cap], node: NodeId, claim: Claim) -> Allowance | None:
+    """The cap that applies to a node's spend; None: there is none."""
+    unit = Unit(claim.unit)
+    fitting = [
+        cap
+        for cap in caps
+        if (cap.allowance.dataset, cap.allowance.unit) == (claim.dataset, unit)
+        and cap.institution in (node, EVERYBODY)
+    ]
+    return next((cap.allowance for cap in sorted(fitting, key=_general)), None)
+
+
+def _general(cap: Cap) -> bool:
+    return cap.institution == EVERYBODY
+
+
+def reserve(
+    tx: Tx, run: RunRow, row: RoundRow, node: NodeId, caps: Sequence[Cap], now: datetime
+) -> None:
+    """Reserve what the round costs a node that joins it; in the transaction of the join.
+
+    Raises:
+        PlanRefusedError: privacy.budget and the like: beyond the federation's cap.
+    """
+    plan = run.plan
+    if plan.privacy is None or not plan.trains_in(row.index):
+        return
+    claim = tx.claim(run.run)
+    if claim is None:
+        raise PlanRefusedError(f"run {run.run} has no privacy claim", rule="privacy.no_claim")
+    cap = cap_for(caps, node, claim)
+    if cap is not None:
+        spent = [
+            spend.spend
+            for spend in tx.spends_of_data(node, claim.dataset)
+            if spend.round != row.round
+        ]
+        answer = afford_allowance(
+            cap, spent, claim.charge(), now=now, rounds=plan.rounds - row.index
+        )
+        if not answer.yes:
+            raise PlanRefusedError(f"{node}, {claim.dataset}: {answer.why}", rule=answer.rule)
+    tx.reserve_spend(row.round, node, claim, now)
+
+
+def settle(tx: Tx, row: RoundRow, phase: Phase, now: datetime) -> None:
+    """Settle what was reserved for a round that ends; in the transaction that ends it.
+
+    The sum of a released round is opened after this.
+    """
+    if not isinstance(phase, Released | Aborted | Burned):
+        return
+    plan = tx.run(row.round.run).plan
+    if plan.privacy is None:
+        return
+    sent = {upload.node for upload in tx.all_uploads(row.round)}
+    kept = plan.mode == "record-local" and plan.local_step.keep_optimizer
+    trained = not isinstance(row.phase, Open)
+    for spend in tx.spends_of_round(row.round):
+        if isinstance(phase, Released) and spend.node in phase.survivors:
+            became = SpendStatus.RELEASED
+        elif spend.node in sent or (kept and trained):
+            became = SpendStatus.BURNED
+        else:
+            became = SpendStatus.VOID
+        tx.settle_spend(row.round, spend.node, became, now)
+
+
+def spend_facts(
+    plan: Plan,
+    claim: Claim,
+    spends: dict[NodeId, list[SpendRow]],
+    caps: Sequence[Cap],
+    now: datetime,
+) -> list[admin_pb2.SpendFacts]:
+    """What each institution of a run has spent and has left, for people. Takes a while: no lock.
+
+    Args:
+        plan: of the run.
+        claim: of its training rounds.
+        spends: of the plan's data set, by node, over all runs.
+        caps: of the federation.
+        now: UTC.
+    """
+    found = []
+    for node in plan.roster_ids:
+        rows = spends.get(node, [])
+        known = [row.spend for row in rows]
+        mine = [r for r in rows if r.round.run == RunId(plan.run) and r.spend.counts]
+        cap = cap_for(caps, node, claim)
+        ledger = cap or Allowance(
+            dataset=claim.dataset, unit=Unit(claim.unit), epsilon=1.0, delta=float(claim.delta)
+        )
+        facts = admin_pb2.SpendFacts(
+            node=node,
+            dataset=claim.dataset,
+            unit=claim.unit,
+            rounds=len(mine),
+            delta=f"{ledger.delta:g}",
+        )
+        try:
+            facts.epsilon = ledger.spent(known).printed()
+            if cap is not None:
+                left = max(1, plan.rounds - len(mine))
+                answer = afford_allowance(cap, known, claim.charge(), now=now, rounds=left)
+                facts.budget = f"{cap.epsilon:g}"
+                facts.rounds_left = answer.rounds_left
+                facts.why = answer.why
+        except PlanRefusedError as error:
+            facts.why = f"{error} [{error.rule}]"
+        found.append(facts)
+    return found

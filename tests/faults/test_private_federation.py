@@ -1,0 +1,171 @@
+"""The private modes among real processes: three nodes, each with its own ledger and budget."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from node_agent.privacy_ledger import PrivacyLedger
+from policies.privacy.budget import SpendStatus
+from policies.privacy.terms import noise_terms
+from protocols.identifiers import RunId
+from protocols.plan import Plan
+from tests.support.federation import GRID, Running, results, running
+
+COORDINATES = 400
+RECORD = {
+    "unit": "document",
+    "max_sequences": 4,
+    "clip_norm": 1.0,
+    "noise_multiplier": 1.0,
+    "sampling_rate": 0.05,
+    "expected_batch": 16.0,
+    "delta": "1e-5",
+}
+INSTITUTION = {
+    "unit": "institution",
+    "clip_norm": 1.0,
+    "noise_multiplier": 1.0,
+    "delta": "1e-5",
+    "colluders": 1,
+    "dataset": "letters",
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("private") / "federation", nodes=3) as made:
+        yield made
+
+
+def folder(federation: Running, site: str) -> Path:
+    return federation.folder / "nodes" / site
+
+
+def spends(federation: Running, site: str, run: RunId) -> list[SpendStatus]:
+    path = folder(federation, site) / "privacy.sqlite"
+    ledger = PrivacyLedger(path, now=lambda: datetime.now(UTC), read_only=True)
+    try:
+        return [row.status for row in ledger.records() if row.round.run == run]
+    finally:
+        ledger.close()
+
+
+def rewrite(federation: Running, site: str, *pairs: tuple[str, str]) -> None:
+    """Change a site's configuration while its agent is down."""
+    federation.household.stop(site)
+    path = folder(federation, site) / "config.toml"
+    text = path.read_text()
+    for old, new in pairs:
+        assert text.count(old) == 1, (old, text)
+        text = text.replace(old, new)
+    path.write_text(text)
+    federation.start_node(site)
+
+
+def model_of(federation: Running, report: Any) -> np.ndarray:
+    root = report.released[-1].model_out
+    home = folder(federation, "node-1") / "models" / report.run / root
+    return np.fromfile(home / "theta.f32", "<f4")
+
+
+def plan_of(federation: Running, site: str, run: RunId) -> Plan:
+    home = folder(federation, site) / "models" / run
+    return Plan.from_bytes(next(home.glob("plan.json")).read_bytes())
+
+
+def submit(federation: Running, run: str, mode: str, **changes: Any) -> RunId:
+    terms: dict[str, Any] = {"rounds": 1, "coordinates": COORDINATES, "mode": mode}
+    return federation.submit(run, **terms | changes)
+
+
+def status(federation: Running, site: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "infra.cli", "node", "status", "--json"]
+    done = subprocess.run(
+        [*command, "--dir", str(folder(federation, site))], capture_output=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_record_local_spends_and_sums_as_ever(federation):
+    """Local steps carry their own noise: the sum is that of any masked run, and is paid for."""
+    plain = federation.confirmed(submit(federation, "plain", "aggregate-only", rounds=2))
+    run = submit(federation, "local", "record-local", rounds=2, privacy=RECORD | {"steps": 5})
+    report = federation.confirmed(run)
+
+    assert [one[1] for one in results(report)] == [one[1] for one in results(plain)]
+    for site in federation.sites:
+        assert spends(federation, site, run) == [SpendStatus.RELEASED] * 2
+        assert spends(federation, site, plain.run) == []
+    assert {round_.metrics["tokens"] for round_ in report.released} == {0}
+
+
+def test_record_distributed_adds_noise_of_the_size_that_is_charged(federation):
+    step = {"kind": "synthetic", "synthetic": {"delta": 2.0**-GRID}}
+    run = submit(
+        federation,
+        "shared",
+        "record-distributed",
+        privacy=RECORD | {"steps": 1, "colluders": 1},
+        local_step=step | {"optimizer": "sgd", "lr": 1.0, "keep_optimizer": False},
+    )
+    report = federation.confirmed(run)
+
+    noise = model_of(federation, report) - 2.0**-GRID  # what three nodes sent, and their noise
+    plan = plan_of(federation, "node-1", run)
+    want = noise_terms(plan, COORDINATES).share_sigma * np.sqrt(3) / 3
+    assert 2 / 3 * want < noise.std() < 3 / 2 * want
+    assert spends(federation, "node-2", run) == [SpendStatus.RELEASED]
+
+
+def test_a_site_without_a_budget_declines_and_one_that_gives_it_takes_part(federation):
+    run = submit(federation, "whole", "institution", privacy=INSTITUTION)
+    with federation.history(run) as history:
+        entry = federation.entries(history, lambda entry: "privacy.dataset" in entry.why)
+    assert "letters" in entry.why
+    home = folder(federation, "node-1")
+    said = status(federation, "node-1")
+    assert "privacy.dataset" in said["agent"]["runs"][-1]["declined"]
+    assert [line["dataset"] for line in said["privacy"]] == ["default"]
+
+    lines = ('dataset = "letters"', 'unit = "institution"', "epsilon = 30.0", "delta = 1e-4")
+    budget = ("[limits]", "\n".join(("[[privacy.budget]]", *lines, "", "[limits]")))
+    for site in federation.sites:
+        rewrite(federation, site, ('dataset = "default"  #', 'dataset = "letters"  #'), budget)
+    report = federation.confirmed(run)
+
+    moved = model_of(federation, report)
+    plan = plan_of(federation, "node-1", run)
+    terms = noise_terms(plan, COORDINATES)
+    # 400 coordinates of 2**-10 are 0.02 long: shorter than C, so nothing is clipped.
+    noise = moved - 2.0**-GRID
+    assert 2 / 3 < noise.std() / (terms.share_sigma * np.sqrt(3) / 3) < 3 / 2
+    assert spends(federation, "node-3", run) == [SpendStatus.RELEASED]
+    assert home.joinpath("privacy.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_exhausted_budget_declines_whatever_the_coordinator_says(federation):
+    """Two runs of one data set share its budget: the second one finds it spent."""
+    site = "node-2"
+    ledger = PrivacyLedger(
+        folder(federation, site) / "privacy.sqlite", now=lambda: datetime.now(UTC), read_only=True
+    )
+    spent = [row.round.run for row in ledger.records("letters") if row.spend.counts]
+    ledger.close()
+    assert spent == ["whole"]
+    rewrite(federation, site, ("epsilon = 30.0", "epsilon = 5.0"))  # one round costs 4.75
+    run = submit(federation, "again", "institution", privacy=INSTITUTION)
+    with federation.history(run) as history:
+        entry = federation.entries(history, lambda entry: "privacy.budget" in entry.why)
+    assert entry.node == site
+    assert spends(federation, site, run) == []
