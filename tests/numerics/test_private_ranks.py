@@ -30,7 +30,7 @@ def two_ranks(tmp_path_factory):
     """Jobs done, and figures measured, by one torchrun of two ranks."""
     root = tmp_path_factory.mktemp("ranks")
     site = private_site(root, privacy=STEPS, local_step=MOMENTUM)
-    whole, part = site.ask(0), site.ask(1, select=SELECTED)
+    whole, part = site.ask(0), site.ask(1, select=SELECTED, reset_optimizer=True)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -71,7 +71,7 @@ def test_two_ranks_with_a_sharded_base_do_what_one_process_does(two_ranks, tmp_p
     source = counted_bytes()
     for _ in range(3 * 3):
         source(32)  # what the first job of the two ranks used
-    alone = one.ask(1, select=SELECTED)
+    alone = one.ask(1, select=SELECTED, reset_optimizer=True)
     Worker(one, random_bytes=source, private_way="loop").answer()
 
     assert np.abs(one.delta(alone)).max() > 1e-2
