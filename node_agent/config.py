@@ -2,6 +2,8 @@
 
 nodes/<institution>/
   config.toml      written by `minga node join`, edited by people
+  policy.toml      what the site allows, policy.cedar its rules: they never leave the site
+  approvals/       plans that a person approved
   keys/            tls.pem (key, certificate, chain), signing.pem, root.pem: mode 0600
   journal.sqlite   what this node decided, sent and was answered
   privacy.sqlite   what this site's data have spent, by its own account
@@ -197,6 +199,21 @@ class NodeFolder:
     def config(self) -> Path:
         """What people write."""
         return self.root / "config.toml"
+
+    @property
+    def policy(self) -> Path:
+        """What the site allows: never leaves it."""
+        return self.root / "policy.toml"
+
+    @property
+    def rules(self) -> Path:
+        """The site's rules in Cedar."""
+        return self.root / "policy.cedar"
+
+    @property
+    def approvals(self) -> Path:
+        """Plans that a person approved, one file each."""
+        return self.root / "approvals"
 
     @property
     def keys(self) -> Path:

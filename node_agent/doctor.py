@@ -36,6 +36,7 @@ from node_agent.launchers.slurm_script import job_name
 from node_agent.lock import lock_holder
 from node_agent.models import Models
 from node_agent.site import slurm_launcher
+from node_agent.site_policy import load_site_rules
 from node_agent.spool import Spool
 from node_agent.view import View, read_view
 from node_agent.worker.data import DataError, index_corpus
@@ -244,6 +245,44 @@ def check_disk(node: NodeFolder, view: View | None) -> Iterator[Finding]:
         yield ok("disk", f"{free / 2**30:.1f} GiB are free")
 
 
+def check_policy(
+    node: NodeFolder, config: NodeConfig, now: datetime, *, governed: bool
+) -> Iterator[Finding]:
+    """Whether the site's own policy can be read, and whether it declares every text.
+
+    Where nothing that a consortium signed is asked for, undeclared texts are only a warning.
+    """
+    bad: Level = "refused" if governed else "warning"
+    what, mend = "site policy", f"edit {node.policy} and {node.rules}; the sentence says where"
+    try:
+        site = load_site_rules(node)
+    except FederationError as error:
+        yield Finding(what=what, level="refused", sentence=str(error), mend=mend)
+        return
+    policy, own = site.policy, [name for name in site.rules.rules if name.startswith("site.")]
+    yield ok(what, f"{len(policy.datasets)} data sets, {len(own)} rules of its own")
+    undeclared = policy.undeclared((*config.data.train, *config.data.valid))
+    if undeclared:
+        sentence = f"no data set declares {undeclared[0]}"
+        mend = f"name it in the paths of a [[datasets]] of {node.policy}"
+        yield Finding(what=what, level=bad, sentence=sentence, mend=mend)
+    for item in policy.datasets:
+        if item.licence == "unknown" or item.jurisdiction == "XX" or not item.use:
+            yield Finding(
+                what=what,
+                level=bad,
+                sentence=f"data set {item.id} is not declared: licence, jurisdiction or use",
+                mend=f"say in {node.policy} what these texts are and what they may be used for",
+            )
+    if not policy.open_at(site.local(now)):
+        yield Finding(
+            what=what,
+            level="warning",
+            sentence=f"it is {site.local(now):%a %H:%M} here, outside the site's hours",
+            mend="nothing, if that is meant: rounds are declined until the hours begin",
+        )
+
+
 # -- all together --------------------------------------------------------------------------------
 
 
@@ -370,6 +409,9 @@ def examine(
     else:
         found.extend(check_certificate(identity, config, now()))
         view = _connection(config, identity, found, now)
+    governed = (node.keys / "trust-root.json").exists()
+    if governed or node.policy.exists() or node.rules.exists():
+        found.extend(check_policy(node, config, now(), governed=governed))
     trains = {"builtin", "flower"} & set(config.allow.local_steps)
     found.append(check_data("train", config.data.train, needed=bool(trains)))
     found.append(check_data("valid", config.data.valid, needed=False))

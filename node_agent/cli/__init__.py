@@ -58,9 +58,15 @@ def join(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of each worker process.")
     ] = None,
+    country: Annotated[
+        str, typer.Option(metavar="CC", help="Where the texts are, ISO 3166-1; for policy.toml.")
+    ] = "XX",
+    time_zone: Annotated[
+        str, typer.Option(metavar="ZONE", help="Of the site's hours, as America/Lima.")
+    ] = "UTC",
     as_json: AsJson = False,
 ) -> None:
-    """Use an invitation: make keys here, get a certificate, write config.toml.
+    """Use an invitation: make keys here, get a certificate, write config.toml and policy.toml.
 
     If the answer is lost, repeat the very same command.
     """
@@ -77,6 +83,8 @@ def join(
             ranks=ranks,
             device=device,
             threads=threads,
+            country=country,
+            time_zone=time_zone,
         )
     )
     if as_json:
@@ -84,6 +92,9 @@ def join(
     else:
         typer.echo(f"{facts['institution']} joined federation {facts['federation']}")
         typer.echo(f"certificate until {facts['certificate_until']}, keys in {facts['keys']}")
+        typer.echo(
+            f"declare the texts in {folder}/policy.toml: until then this site says no", err=True
+        )
         typer.echo(f"start the agent with `minga node run --dir {folder}`", err=True)
 
 
@@ -169,6 +180,41 @@ def _set_paused(folder: Path, *, paused: bool, as_json: bool) -> None:
         _print_json({"institution": config.institution, "paused": paused})
     else:
         typer.echo(f"{config.institution} is {'paused' if paused else 'taking part'}")
+
+
+@app.command()
+def approve(
+    folder: Folder,
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="Left out: list what waits.")
+    ] = None,
+    by: Annotated[str, typer.Option(metavar="NAME", help="Who approves.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Approve a plan, where the site's policy wants a person to; it is shown first."""
+    from node_agent.cli.approving import approve_run, plan_lines, waiting
+
+    if run is None:
+        facts = waiting(folder)
+        if as_json:
+            _print_json(facts)
+        elif not facts:
+            typer.echo("nothing waits for an approval")
+        else:
+            for line in facts:
+                typer.echo(f"{line['run']}  {line['state']}  plan {line['plan'][:12]}…")
+        return
+    if not as_json:
+        for sentence in plan_lines(folder, run):
+            typer.echo(sentence)
+    if not yes and not typer.confirm("Approve this plan?", err=True):
+        raise typer.Exit(3)
+    facts_ = approve_run(folder, run, by=by)
+    if as_json:
+        _print_json(facts_)
+    else:
+        typer.echo(f"{facts_['by']} approved run {facts_['run']}: the node joins its next round")
 
 
 @app.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import SystemRandom
@@ -20,6 +22,7 @@ from node_agent.config import (
 from node_agent.enrol import Enrolled
 from node_agent.enrol import join as enrol
 from node_agent.keys import KeyStore
+from node_agent.site_policy import STARTING_RULES, starting_policy
 from node_agent.spool import atomic_write
 from node_agent.status import iso
 from protocols.enrolment import Invitation
@@ -39,6 +42,8 @@ class JoinRequest:
     ranks: int
     device: str
     threads: int | None
+    country: str = "XX"  # ISO 3166-1; XX: not said
+    time_zone: str = "UTC"
 
 
 def _address(text: str) -> str:
@@ -79,6 +84,21 @@ def _check_folder(node: NodeFolder, invitation: Invitation) -> NodeConfig | None
     return config
 
 
+def _write_policy(node: NodeFolder, request: JoinRequest) -> None:
+    """A site policy to start from; one that is there already is never touched."""
+    paths = [str(Path(path).absolute()) for path in (*request.train, *request.valid)]
+    text = starting_policy(
+        paths=list(dict.fromkeys(paths)),
+        jurisdiction=request.country,
+        time_zone=request.time_zone,
+        salt=os.urandom(32),
+        residency="in-institution",
+    )
+    for path, content in ((node.policy, text), (node.rules, STARTING_RULES)):
+        if not path.exists():
+            atomic_write(path, content.encode())
+
+
 def join_folder(request: JoinRequest) -> dict[str, Any]:
     """Join a federation with a folder; safe to repeat.
 
@@ -93,6 +113,8 @@ def join_folder(request: JoinRequest) -> dict[str, Any]:
     coordinator = _address(request.coordinator)
     enrolment = _address(request.enrolment) if request.enrolment else _next_port(coordinator)
     worker = _worker(request)
+    if not re.fullmatch("[A-Z]{2}", request.country):
+        raise MalformedMessageError("--country is an ISO 3166-1 code of two capital letters")
     node = NodeFolder(request.folder)
     before = _check_folder(node, invitation)
     node.make()
@@ -113,6 +135,7 @@ def join_folder(request: JoinRequest) -> dict[str, Any]:
             worker=worker,
         )
         atomic_write(node.config, text.encode())
+        _write_policy(node, request)
     elif before.federation != enrolled.federation:
         raise ConfigurationError(
             f"{node.config} names federation {before.federation}, the certificate is of"

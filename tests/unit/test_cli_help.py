@@ -68,7 +68,7 @@ def test_every_command_says_what_it_does():
 def test_commands_that_print_facts_have_json():
     """What a person reads in a table, a script reads as JSON."""
     facts = [("run", name) for name in ("submit", "list", "show", "watch", "why", "stop")] + [
-        ("node", name) for name in ("join", "status", "doctor", "journal")
+        ("node", name) for name in ("join", "status", "doctor", "journal", "approve")
     ]
     for group, name in facts:
         assert "--json" in help_of(("minga", group, name)), (group, name)
