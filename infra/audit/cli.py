@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -227,6 +227,36 @@ def recompute(
         raise AuditFailedError(f"leaf {bad[0].leaf}, round {bad[0].round}: {bad[0].reason}")
     if not done or any(item.result is Result.UNKNOWN for item in done):
         raise NotAllKnownError("not every round was made again from its uploads")
+
+
+@app.command()
+def report(
+    log: LogArgument,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The page; an older one is replaced.")
+    ] = Path("report.html"),
+    lang: Annotated[
+        Literal["es", "pt", "en"], typer.Option("--lang", help="The language shown first.")
+    ] = "es",
+    trust_policy: PolicyOption = None,
+    root: RootOption = None,
+    blobs: BlobsOption = None,
+    uploads: UploadsOption = None,
+    remake: Annotated[
+        bool, typer.Option("--recompute", help="Make every model again first; takes longer.")
+    ] = False,
+) -> None:
+    """Write one page for people who decide: who took part, what was learned, what it cost.
+
+    One HTML file in Spanish, Portuguese and English, without anything from elsewhere. A log that
+    does not hold gives a page that says so, and exit status 5.
+    """
+    from infra.audit.report import write_report
+
+    loaded = _load(log, trust_policy, root, blobs, uploads)
+    write_report(loaded, out, lang=lang, recompute=remake)
+    typer.echo(f"written to {out}")
+    _end(loaded.audit, strict=False)
 
 
 @app.command()

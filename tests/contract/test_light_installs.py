@@ -141,6 +141,25 @@ def test_the_base_install_works(base):
     assert base.python("import protocols, policies, infra.cli; print('fine')") == "fine\n"
 
 
+def test_the_base_install_audits_a_log(base, tmp_path):
+    """Verify, recompute and report with nothing but what an auditor has."""
+    from tests.support.audit_disk import copy_run
+
+    run = copy_run(tmp_path / "run")
+    log, uploads = str(run / "log"), str(run / "uploads")
+    for arguments in (
+        ("verify", log, "--trust-policy", str(run / "anchor.txt")),
+        ("recompute", log, "--uploads", uploads),
+        ("report", log, "--out", str(run / "report.html")),
+        ("export", log, "--out", str(run / "exports")),
+        ("proof", log, "7", "--out", str(run / "7.tlog-proof")),
+    ):
+        done = base.run("audit", *arguments, program="minga")
+
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "extra"),
     [
@@ -192,6 +211,10 @@ def imported(modules: str) -> set[str]:
     [
         ("infra.cli", TRAINING | {"flwr", "grpc", "sqlalchemy", "coordinator", "node_agent"}),
         ("coordinator.app", TRAINING | {"flwr", "node_agent"}),
+        (
+            "infra.audit.cli, infra.audit.loading, infra.audit.report, infra.audit.export",
+            TRAINING | {"flwr", "grpc", "sqlalchemy", "coordinator", "node_agent", "dp_accounting"},
+        ),
         ("node_agent.agent", TRAINING | {"flwr", "coordinator"}),
     ],
 )

@@ -94,6 +94,7 @@ class Run:
             "roster": list(NODES),
             "min_participants": 3,
             "rounds": 3,
+            "evaluation": {"languages": ["es", "pt"]},
             "model": {"family": "vector", "manifest": MANIFEST.digest, "initial": initial},
             "local_step": {"kind": "synthetic", "synthetic": {"delta": 0.25}},
         }
@@ -261,9 +262,11 @@ class Run:
         layout = round_layout(self.plan, self.index, MANIFEST)
         rng = np.random.default_rng([NODES.index(node), self.number, attempt])
         values = dict.fromkeys(layout.metrics, 0) | {"weight": 65536, "nodes": 1}
-        for name, value in (("tokens", 5120), ("steps", 40), ("loss_micronats", 10**9)):
-            if name in values:
-                values[name] = value
+        scores = {"tokens": 5120, "steps": 40, "loss_micronats": 5120 * (4 - self.index) * 10**6}
+        for language, nats in (("es", 5.0), ("pt", 5.3)):
+            scores[f"bytes/{language}"] = 1000
+            scores[f"nll_millinats/{language}"] = int(1e6 * nats / (1 + self.index))
+        values |= {name: value for name, value in scores.items() if name in values}
         model = rng.integers(-500, 500, layout.model_coordinates, dtype=np.int32)
         return np.concatenate([model, encode_metrics(values, layout.metrics)])
 
