@@ -15,16 +15,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import IO, Self
 
 from protocols.errors import CorruptStateError, NotFoundError, StorageFullError
 from protocols.identifiers import Digest, parse_digest
+from protocols.tensors.behind import Behind
 from protocols.tensors.sizes import UNIT
 from protocols.tensors.units import UnitHasher, digest_of_units, unit_count
 
@@ -49,44 +48,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class SyncBehind:
-    """Makes a file durable while it is still being written, so that little is left at its end.
-
-    Linux tells each failed write-back once per descriptor, so a failure is kept until ``finish``.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._last: Future[None] | None = None
-        self._failed: BaseException | None = None
-        self._guard = Lock()
-
-    def wrote(self) -> None:
-        """There is more to sync. May be called from several threads."""
-        with self._guard:
-            if self._last is None or self._last.done():
-                self._collect()
-                self._last = self._pool.submit(os.fdatasync, self._descriptor)
-
-    def finish(self) -> None:
-        """Return when everything is durable; raise what kept any part from being so."""
-        with self._guard:
-            self._collect()
-            if self._failed is not None:
-                raise self._failed
-            os.fdatasync(self._descriptor)
-
-    def close(self) -> None:
-        """Let go of the descriptor. It is not closed."""
-        self._pool.shutdown()
-
-    def _collect(self) -> None:
-        if self._last is not None:
-            self._failed = self._failed or self._last.exception()
-            self._last = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +75,7 @@ class BlobWriter:
         self._file: IO[bytes] = os.fdopen(handle, "wb", buffering=0)
         self._path = Path(name)
         self._hasher = UnitHasher()
-        self._behind = SyncBehind(self._file.fileno())
+        self._behind = Behind(lambda: os.fdatasync(self._file.fileno()))
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append.
@@ -129,7 +90,7 @@ class BlobWriter:
             while len(view):
                 view = view[self._file.write(view) :]
         if self._hasher.size // UNIT > units:
-            self._behind.wrote()
+            self._behind.more()
 
     def read(self, offset: int, length: int) -> bytes:
         """What was written, before it has a name. May be called from several threads."""

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn, assert_never
+from typing import Any, Final, NoReturn, assert_never
 
 from node_agent import consent
 from node_agent.bulk import Announcement, fetch, upload
@@ -79,6 +79,7 @@ from protocols.upload import UploadHeader
 from protocols.wire import round_ref
 
 logger = logging.getLogger(__name__)
+SYNC_AFTER_S: Final = 10.0  # a model that the next round soon replaces need not get to the disk
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,6 +94,7 @@ class Actor:
     wake: Callable[[], None]  # there is something new to decide on
     secure: SecureSum
     transfers: dict[RoundId, Transfer] = field(default_factory=dict)
+    _syncing: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def perform(self, action: Action) -> None:
         """Carry out one action.
@@ -185,7 +187,7 @@ class Actor:
                 round_=action.round,
                 progress=transfer.move,
             )
-        await asyncio.to_thread(models.sync, run.run, action.root)
+        self._sync_later(run.run, action.root)
         logger.info("%s: holds model %s", action.round, action.root[:12])
 
     # -- statements ------------------------------------------------------------------------------
@@ -595,7 +597,7 @@ class Actor:
             )
         await asyncio.to_thread(site.journal.confirm_answered, action.round)
         if record.computed is not None and not record.objection:
-            await asyncio.to_thread(site.models.sync, action.round.run, record.computed)
+            self._sync_later(action.round.run, record.computed)
         await self._tidy(action.round, current=False)
 
     # -- helpers ---------------------------------------------------------------------------------
@@ -611,6 +613,30 @@ class Actor:
         detail = {"reason": why}
         await asyncio.to_thread(self.site.journal.note, "model dropped", detail, round_=round_)
         raise NotReadyError(f"{why}: fetching it again", retry_after_s=0.0)
+
+    def _sync_later(self, run: RunId, root: Digest) -> None:
+        """Get a model to the disk once the node has had time for more urgent things.
+
+        Nothing that was said rests on it: what a power failure tears is told by its digests at the
+        next start, and fetched again.
+        """
+
+        async def later() -> None:
+            await asyncio.sleep(SYNC_AFTER_S)
+            try:
+                await asyncio.to_thread(self.site.models.sync, run, root)
+            except OSError as error:
+                logger.warning("model %s is not on the disk yet: %s", root[:12], error)
+
+        task = asyncio.create_task(later(), name="sync")
+        self._syncing.add(task)
+        task.add_done_callback(self._syncing.discard)
+
+    async def close(self) -> None:
+        """Give up what waits; the next start looks after it."""
+        for task in tuple(self._syncing):
+            task.cancel()
+        await asyncio.gather(*self._syncing, return_exceptions=True)
 
     async def _tidy(self, round_: RoundId, *, current: bool) -> None:
         await asyncio.to_thread(tidy, self.site, round_, current=current)

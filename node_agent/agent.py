@@ -167,6 +167,7 @@ class Agent:
         for task in everything:
             task.cancel()
         await asyncio.wait(everything)
+        await self._actor.close()
         self._show_at = 0.0
         self._show()  # what was last decided, not what it was a moment before
         for launcher in self.site.launchers.values():

@@ -18,6 +18,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -44,6 +45,7 @@ from protocols.noise.rounding import encode_bounded
 from protocols.plan import Plan
 from protocols.plan_privacy import RECORD_MODES
 from protocols.round_vector import metric_names, round_layout, round_ring
+from protocols.tensors.behind import Behind
 from protocols.tensors.encode import (
     check_finite,
     clip_factor,
@@ -56,6 +58,7 @@ from protocols.tensors.metrics import METRIC_BOUND
 from protocols.tensors.planar import LaneAdder
 from protocols.tensors.scales import Scales
 from protocols.tensors.sizes import WEIGHT_ONE
+from protocols.tensors.sizes import UNIT
 from protocols.tensors.units import UnitHasher
 from protocols.upload import UploadHeader, sign_header
 
@@ -255,16 +258,20 @@ def make_contribution(
     final, temporary = uploads / name, uploads / f".{name}.tmp"
     hasher = UnitHasher()
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with temporary.open("wb", buffering=0) as file, ExitStack() as stack:
+            behind = Behind(lambda: os.fdatasync(file.fileno()))
+            stack.callback(behind.close)
 
             def keep(chunk: bytes) -> None:
-                hasher.update(chunk)
-                view = memoryview(chunk)
+                view, units = memoryview(chunk), hasher.size // UNIT
                 while view:
                     view = view[file.write(view) :]
+                hasher.update(chunk)
+                if hasher.size // UNIT > units:
+                    behind.more()
 
             encode(keep, threads)
-            os.fsync(file.fileno())
+            behind.finish()
         publish(temporary, final)
     except OSError as error:
         raise StorageFullError(f"{final}: {error.strerror}") from None

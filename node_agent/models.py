@@ -8,8 +8,9 @@ After a release the node downloads the integer sum, applies the outer step to th
 round started from, and compares roots: what the coordinator publishes is a claim until then. A
 node that lacks the earlier model fetches the published files, checked against their digests.
 
-A state is usable as soon as it has its name; syncing it to the disk goes on behind. After a crash
-every state without the mark ``synced`` is hashed again, and dropped if it is not what it says.
+A state is usable as soon as it has its name; it is synced to the disk some seconds later, if it is
+still there. After a crash every state without the mark ``synced`` is hashed again, and dropped if
+it is not what it says.
 """
 
 from __future__ import annotations

@@ -13,15 +13,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from coordinator.blobs import Blobs, SyncBehind, storage_errors
+from coordinator.blobs import Blobs, storage_errors
 from coordinator.layouts import Layouts
 from protocols.errors import CorruptStateError
 from protocols.identifiers import Digest
 from protocols.outer_step import THETA, OuterResult, apply_outer_step, next_snapshot
 from protocols.plan import Plan
 from protocols.round_vector import round_ring
+from protocols.tensors.behind import Behind
 from protocols.tensors.manifest import Manifest
 from protocols.tensors.planar import LaneAdder, PackedVector, accumulate
 from protocols.tensors.scales import Scales
@@ -145,7 +147,7 @@ class _Files:
         self._folder = folder
         self._size = size
         self._open: dict[str, int] = {}
-        self._behind: dict[int, SyncBehind] = {}
+        self._behind: dict[int, Behind] = {}
 
     def path(self, name: str) -> Path:
         return self._folder / name
@@ -159,13 +161,13 @@ class _Files:
                 os.close(fresh)
         behind = self._behind.get(handle)
         if behind is None:
-            mine = SyncBehind(handle)
+            mine = Behind(partial(os.fdatasync, handle))
             behind = self._behind.setdefault(handle, mine)
         with storage_errors("the next model"):
             while len(data):
                 written = os.pwrite(handle, data, offset)
                 data, offset = data[written:], offset + written
-        behind.wrote()
+        behind.more()
 
     def sync(self) -> None:
         with storage_errors("the next model"):

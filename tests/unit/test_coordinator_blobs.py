@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from threading import Event
 
 import pytest
 
 from coordinator import blobs as module
-from coordinator.blobs import Blobs, SyncBehind
+from coordinator.blobs import Blobs
 from protocols.errors import StorageFullError
+from protocols.tensors.behind import Behind
 from protocols.tensors.sizes import UNIT
 from protocols.tensors.units import blob_digest
 
@@ -55,25 +57,44 @@ def test_a_blob_has_no_name_before_all_of_it_was_synced(blobs, monkeypatch):
     assert order[-2:] == [len(data), "name"]
 
 
-def test_a_sync_that_failed_behind_is_told_at_the_end(tmp_path, monkeypatch):
+def test_what_failed_behind_is_told_at_the_end():
     """Linux tells a failed write-back once: a later sync of the same descriptor succeeds."""
     failures = [OSError(errno.ENOSPC, "No space left on device")]
     calls = []
 
-    def sync(_descriptor):
+    def sync():
         calls.append(len(failures))
         if failures:
             raise failures.pop()
 
-    monkeypatch.setattr(module.os, "fdatasync", sync)
-    with (tmp_path / "file").open("wb") as file:
-        behind = SyncBehind(file.fileno())
-        behind.wrote()
-        with pytest.raises(OSError, match="No space left"):
-            behind.finish()
-        behind.close()
+    behind = Behind(sync)
+    behind.more()
+    with pytest.raises(OSError, match="No space left"):
+        behind.finish()
+    behind.close()
 
     assert calls == [1]
+
+
+def test_the_end_covers_what_came_while_the_work_was_under_way():
+    """The work that is under way may have begun before the last piece was there."""
+    there, covered, going = 0, [], Event()
+
+    def sync():
+        seen = there
+        going.wait(10)
+        covered.append(seen)
+
+    behind = Behind(sync)
+    behind.more()
+    there = 1
+    behind.more()  # not begun a second time: one is under way
+    going.set()
+    behind.finish()
+    behind.close()
+
+    assert covered[-1] == 1
+    assert len(covered) == 2
 
 
 def test_a_full_disk_behind_leaves_no_blob(blobs, monkeypatch):
