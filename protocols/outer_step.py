@@ -427,8 +427,8 @@ class _Job:
                     f" clamped updates reach at most {self.limit}"
                 )
             np.copyto(wide, sums)
-            np.multiply(wide, wide, out=wide)  # at most 2**46 each, 2**62 over a block
-            squares[block] = squares.get(block, 0) + int(wide.sum())
+            # In int64, so exact in any order: at most 2**46 each, 2**62 over a block.
+            squares[block] = squares.get(block, 0) + int(np.einsum("i,i->", wide, wide))
             part = mean[lo - first : hi - first]
             np.copyto(part, sums, casting="unsafe")  # exact: |S| < 2**23
             np.multiply(part, self.factors[block], out=part)

@@ -69,7 +69,7 @@ def pack_into(
     high, half, plane = scratch.high[:m], (m + 1) // 2, out[2 * m :]
     np.copyto(high, shifted, casting="unsafe")
     np.bitwise_and(high[:half], 0x0F, out=plane)
-    np.left_shift(high[half:], 4, out=high[half:])
+    np.multiply(high[half:], 16, out=high[half:])  # a shift by 4 that numpy has vectorised
     np.bitwise_or(plane[: m - half], high[half:], out=plane[: m - half])
 
 
@@ -137,7 +137,7 @@ def unpack_range(
         half = (m + 1) // 2
         middle = min(max(half, start), stop)
         if start < middle:  # shift the low half byte up and back: its sign comes with it
-            part = (plane[start:middle] << 4).view(np.int8)
+            part = (plane[start:middle] * np.uint8(16)).view(np.int8)
             np.copyto(out[: middle - start], part >> 4)
         if middle < stop:
             part = plane[middle - half : stop - half].view(np.int8)
