@@ -57,8 +57,7 @@ from protocols.tensors.manifest import Manifest
 from protocols.tensors.metrics import METRIC_BOUND
 from protocols.tensors.planar import LaneAdder
 from protocols.tensors.scales import Scales
-from protocols.tensors.sizes import WEIGHT_ONE
-from protocols.tensors.sizes import UNIT
+from protocols.tensors.sizes import UNIT, WEIGHT_ONE
 from protocols.tensors.units import UnitHasher
 from protocols.upload import UploadHeader, sign_header
 
