@@ -202,7 +202,8 @@ class Actor:
             await self._decline(action.round, refusal)
             return
         secagg = plan.secagg
-        if secagg is not None:  # before the join: a key that changed meanwhile is declined
+        if secagg is not None and self.site.trust is None:
+            # Before the join: a key that changed meanwhile is declined.
             others = {node: key for node, key in secagg.keys.items() if node != self.site.node}
             await asyncio.to_thread(self.site.journal.pin_keys, others)
         record = await asyncio.to_thread(

@@ -75,6 +75,7 @@ FACTS_S: Final = 10.0  # how long a look at the site's disk is good for
 REFUSED_S: Final = 30.0  # how long a refusal found while acting holds
 DELIVERED_S: Final = 60.0  # then a statement that is still not shown is sent once more
 _ACTIVITY: Final = 64  # characters of an activity that the coordinator takes
+_MAX_SEEN: Final = 1000  # rounds remembered by when they were first seen
 _MAX_REPORTS: Final = 16  # as many as the coordinator takes with one poll
 BUG_S: Final = 30.0  # before an action that failed in an unknown way is tried again
 
@@ -114,6 +115,7 @@ class Agent:
     _failed: dict[Action, _Failed] = field(default_factory=dict)
     _delivered: dict[Action, float] = field(default_factory=dict)  # monotonic seconds
     _refused: dict[str, tuple[float, Refusal]] = field(default_factory=dict)
+    _first_seen: dict[RoundId, float] = field(default_factory=dict)  # monotonic seconds
     _facts: tuple[float, consent.SiteFacts] | None = None
     _runs: dict[RunId, RunRecord] = field(default_factory=dict)
     _why: dict[RunId, str] = field(default_factory=dict)
@@ -147,6 +149,9 @@ class Agent:
             asyncio.create_task(self._reconcile_loop(), name="reconcile"),
             asyncio.create_task(self._renew_loop(), name="renew"),
         }
+        if self.site.trust is not None:
+            trusting = self.site.trust.run(self._wake.set)
+            loops.add(asyncio.create_task(trusting, name="trust"))
         stopping = asyncio.create_task(self._stopped(), name="stopping")
         try:
             done, _ = await asyncio.wait({*loops, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -336,10 +341,12 @@ class Agent:
         confirm = journal.confirm(last.round) if last else None
         before = journal.round(last.round) if last and confirm is None else None
         refusal = self._lasting_refusal(seen.run)
-        work, uploaded = Work(), None
+        work, uploaded, waits = Work(), None, None
         if known is not None and current is not None:
             if record is None and refusal is None and current.raw_phase.name == "Open":
-                refusal = self._consent(known.plan, seen)
+                waits = self._trust_waits(current.round)
+                if waits is None:
+                    refusal = self._consent(known.plan, seen)
                 launcher = site.launchers.get(known.plan.local_step.kind)
                 if refusal is None:
                     refusal = check_round(known.plan, seen, confirm)
@@ -366,12 +373,23 @@ class Agent:
             secure=self._states.known(seen.run) if known and known.plan.secagg else None,
             said=journal.stage(seen.run) if known and known.plan.secagg else None,
             reserved=self._reserved(known.plan) if known else (),
+            waits=waits,
         )
 
     def _reserved(self, plan: Plan) -> tuple[RoundId, ...]:
         if plan.privacy is None:
             return ()
         return self.site.privacy.ledger.open_rounds(plan.run_id)
+
+    def _trust_waits(self, round_: RoundId) -> str | None:
+        """Whether what is in force has still to be asked for, since this round was first seen."""
+        if self.site.trust is None:
+            return None
+        now = self.site.monotonic()
+        first = self._first_seen.setdefault(round_, now)
+        if len(self._first_seen) > _MAX_SEEN:
+            self._first_seen = {round_: first}
+        return self.site.trust.waits_for(first)
 
     def _recently_delivered(self) -> frozenset[Action]:
         """Statements acknowledged a short while ago: a peer's long poll need not show them yet."""
@@ -398,9 +416,13 @@ class Agent:
             federation=site.config.federation,
             node=site.node,
         )
+        pinned = site.journal.pinned_keys()
+        if site.trust is not None:
+            refusal = refusal or site.trust.refusal_for(plan)
+            pinned = {}  # the institutions themselves vouch for their keys
         return (
             refusal
-            or check_roster(plan, site.node, self._own_key(), site.journal.pinned_keys())
+            or check_roster(plan, site.node, self._own_key(), pinned)
             or consent.check_site(plan, site.config, self._site_facts())
             or check_budget(plan, site.config)
         )

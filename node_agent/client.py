@@ -34,6 +34,7 @@ from protocols.gen import (
     enrolment_pb2_grpc,
     rounds_pb2_grpc,
     secure_sum_pb2_grpc,
+    trust_pb2_grpc,
 )
 
 T = TypeVar("T")
@@ -143,6 +144,7 @@ class Connection:
         self.rounds: Any = rounds_pb2_grpc.RoundsStub(self.channel)
         self.bulk: Any = bulk_pb2_grpc.BulkStub(self.channel)
         self.secure_sum: Any = secure_sum_pb2_grpc.SecureSumStub(self.channel)
+        self.trust: Any = trust_pb2_grpc.TrustStub(self.channel)
         self.renewal: Any = enrolment_pb2_grpc.RenewalStub(self.channel)
 
     def renew(self, identity: TlsIdentity, *, grace_s: float = 600.0) -> None:

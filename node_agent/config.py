@@ -46,6 +46,8 @@ node_config = "partition-id=3"     # node_config of an app's Context, in Flower'
 cpu_threads = 1                    # for encoding and for the outer step
 [launcher]
 kind = "local"                     # "slurm": node_agent/launchers/slurm_config.py has its keys
+[governance]
+require = true                     # left out: required where the invitation named a first root
 """
 
 from __future__ import annotations
@@ -175,6 +177,12 @@ class LimitsConfig(_Section):
     cpu_threads: int = Field(default=1, ge=1, le=256)
 
 
+class GovernanceConfig(_Section):
+    """Whether only what the admins signed is taken part in; never set to false by a command."""
+
+    require: bool | None = None  # None: where the invitation named a first root
+
+
 class _File(_Section):
     institution: Annotated[str, AfterValidator(parse_node_id)]
     federation: Annotated[str, AfterValidator(parse_federation_id)]
@@ -187,6 +195,7 @@ class _File(_Section):
     limits: LimitsConfig = LimitsConfig()
     launcher: LauncherConfig = LauncherConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    governance: GovernanceConfig = GovernanceConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +265,16 @@ class NodeFolder:
         return self.root / "secagg"
 
     @property
+    def trust(self) -> Path:
+        """What the admins signed, as this node verified it."""
+        return self.root / "trust"
+
+    @property
+    def trust_root(self) -> Path:
+        """The first root of the trust repository, from the invitation."""
+        return self.keys / "trust-root.json"
+
+    @property
     def paused(self) -> Path:
         """Its presence pauses the node."""
         return self.root / "paused"
@@ -296,6 +315,7 @@ class NodeConfig:
     flower: FlowerConfig = field(default_factory=FlowerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    governance: GovernanceConfig = field(default_factory=GovernanceConfig)
 
 
 def _absolute(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -345,6 +365,7 @@ def load_config(folder: NodeFolder) -> NodeConfig:
         worker=file.worker,
         allow=file.allow,
         limits=file.limits,
+        governance=file.governance,
         flower=FlowerConfig(
             python_path=_absolute(file.flower.python_path, base),
             node_config=file.flower.node_config,

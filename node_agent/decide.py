@@ -197,6 +197,7 @@ class Situation:
     secure: SecureKnown | None = None  # this node's state in a secure sum of this run
     said: SecureKnown | None = None  # the furthest it came in one, by the journal
     reserved: tuple[RoundId, ...] = ()  # rounds whose privacy is reserved and not settled
+    waits: str | None = None  # what must be known before the current round can be answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,6 +366,8 @@ def _while_open(s: Situation, current: RoundSeen, phase: Open) -> Decision:
         # The journal was lost or belongs to another node: nothing is known, so nothing is said.
         return _wait(f"round {round_}: an answer of this node stands that its journal lacks")
     refused = s.stopped or s.refusal
+    if refused is None and s.waits is not None:
+        return _wait(f"round {round_}: {s.waits}")
     if refused is None and s.paused:
         refused = Refusal("site.paused", "the site paused its node")
     if refused is not None:

@@ -17,12 +17,13 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node_agent.client import OPTIONS, Backoff, Connection, rebuild_error, retrying
-from node_agent.keys import KeyStore, TlsIdentity, certificate_pem
+from node_agent.keys import CertificateRequest, KeyStore, TlsIdentity, certificate_pem
 from protocols.crypto.signatures import Context, public_bytes, sign
 from protocols.enrolment import Invitation, enrolment_proof_body
-from protocols.errors import NotEnrolledError
+from protocols.errors import DigestMismatchError, NotEnrolledError
 from protocols.gen import enrolment_pb2, enrolment_pb2_grpc
 from protocols.identifiers import FederationId, NodeId, parse_federation_id
 
@@ -37,9 +38,27 @@ class Enrolled:
     federation: FederationId
     node: NodeId
     identity: TlsIdentity
+    trust_root: bytes | None = None  # 1.root.json; None: the federation is not governed
 
 
-async def join(keys: KeyStore, invitation: Invitation, *, enrolment: str, rng: Random) -> Enrolled:
+def request_for(
+    keys: KeyStore, invitation: Invitation
+) -> tuple[Ed25519PrivateKey, CertificateRequest, bytes]:
+    """The signing key, the certificate request and the token's hash; made once, then the same."""
+    signing_key = keys.make_signing_key()
+    token_hash = hashlib.sha256(invitation.secret).digest()
+    request = keys.request(invitation.institution, purpose=f"join {token_hash.hex()}")
+    return signing_key, request, token_hash
+
+
+async def join(
+    keys: KeyStore,
+    invitation: Invitation,
+    *,
+    enrolment: str,
+    rng: Random,
+    approval: bytes = b"",
+) -> Enrolled:
     """Exchange an invitation for a certificate.
 
     Args:
@@ -47,15 +66,15 @@ async def join(keys: KeyStore, invitation: Invitation, *, enrolment: str, rng: R
         invitation: parsed.
         enrolment: HOST:PORT of the enrolment service.
         rng: jitter of retries.
+        approval: the institution's statement about these very keys; needed once the federation is
+            founded.
 
     Raises:
         TokenRefusedError: used by another request, expired or unknown.
         NotEnrolledError: the answer is not a certificate for this node.
         UnreachableError: nobody answers, or the certificate there is not the federation's.
     """
-    signing_key = keys.make_signing_key()
-    token_hash = hashlib.sha256(invitation.secret).digest()
-    request = keys.request(invitation.institution, purpose=f"join {token_hash.hex()}")
+    signing_key, request, token_hash = request_for(keys, invitation)
     root = certificate_pem(invitation.root_der)
     public = public_bytes(signing_key)
     message = enrolment_pb2.EnrolRequest(
@@ -66,6 +85,7 @@ async def join(keys: KeyStore, invitation: Invitation, *, enrolment: str, rng: R
         proof=sign(
             signing_key, Context.ENROLMENT, enrolment_proof_body(token_hash, request.csr, public)
         ),
+        approval=approval,
     )
     credentials = grpc.ssl_channel_credentials(root_certificates=root)
     async with grpc.aio.secure_channel(enrolment, credentials, options=list(OPTIONS)) as channel:
@@ -87,7 +107,28 @@ async def join(keys: KeyStore, invitation: Invitation, *, enrolment: str, rng: R
         node=invitation.institution,
         federation=federation,
     )
-    return Enrolled(federation=federation, node=invitation.institution, identity=identity)
+    return Enrolled(
+        federation=federation,
+        node=invitation.institution,
+        identity=identity,
+        trust_root=check_trust_root(answer.trust_root, invitation),
+    )
+
+
+def check_trust_root(data: bytes, invitation: Invitation) -> bytes | None:
+    """The first root of the trust repository, if the invitation named one.
+
+    Raises:
+        DigestMismatchError: the coordinator gave another one than the invitation names.
+    """
+    if not invitation.trust_root:
+        return None
+    if hashlib.sha256(data).digest() != invitation.trust_root:
+        raise DigestMismatchError(
+            "the coordinator shows another first root than the invitation names: do not go on, "
+            "and ask the admins for the digest of theirs"
+        )
+    return data
 
 
 def renewal_due(identity: TlsIdentity, *, rng: Random) -> datetime:

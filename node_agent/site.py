@@ -30,6 +30,8 @@ from node_agent.models import Models
 from node_agent.privacy import PrivacyGuard
 from node_agent.privacy_ledger import PrivacyLedger
 from node_agent.spool import Spool
+from node_agent.trust import Trust
+from protocols.errors import ConfigurationError
 from protocols.identifiers import NodeId
 
 _PATIENT: Final = ("--lock-wait-s", "120")  # the worker of the allocation before may be leaving
@@ -57,6 +59,7 @@ class Site:
     now: Callable[[], datetime]  # UTC
     monotonic: Callable[[], float]  # seconds
     random_bytes: Callable[[int], bytes]  # secret: seeds of the dither
+    trust: Trust | None = None  # None: this node takes part without governance
 
     @property
     def node(self) -> NodeId:
@@ -110,6 +113,37 @@ def slurm_launcher(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Sl
     )
 
 
+def open_trust(
+    folder: NodeFolder, config: NodeConfig, connection: Connection, journal: Journal
+) -> Trust | None:
+    """What the admins signed, as this node verifies it; None: the site does not ask for it.
+
+    Raises:
+        ConfigurationError: it is required, and the first root is missing.
+    """
+    required, root = config.governance.require, folder.trust_root
+    if required is False or (required is None and not root.exists()):
+        return None
+    try:
+        bootstrap = root.read_bytes()
+    except OSError:
+        raise ConfigurationError(
+            f"{root} is missing: governance is required, join again with a new invitation"
+        ) from None
+    return Trust(
+        folder=folder.trust,
+        bootstrap=bootstrap,
+        federation=config.federation,
+        node=config.institution,
+        connection=connection,
+        now=utc_now,
+        monotonic=time.monotonic,
+        on_change=lambda changes: journal.note(
+            "in force", {"reason": "; ".join(change.words for change in changes)[:2000]}
+        ),
+    )
+
+
 def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
     """Open a node's folder; a running event loop is needed for the connection.
 
@@ -122,6 +156,7 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
     identity, signing_key = keys.tls(), keys.signing_key()
     journal = Journal(folder.journal, now=utc_now)
     ledger = PrivacyLedger(folder.privacy, now=utc_now)
+    connection = Connection(config.coordinator, identity, rng=rng)
     return Site(
         folder=folder,
         config=config,
@@ -130,10 +165,11 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
         journal=journal,
         privacy=PrivacyGuard(ledger=ledger, journal=journal, config=config),
         models=Models(folder.models.resolve()),
-        connection=Connection(config.coordinator, identity, rng=rng),
+        connection=connection,
         launchers=make_launchers(folder, config, rng=rng),
         rng=rng,
         now=utc_now,
         monotonic=time.monotonic,
         random_bytes=os.urandom,
+        trust=open_trust(folder, config, connection, journal),
     )

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from tuf.api.metadata import Targets
+from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
+from tuf.api.metadata import Key, Metadata, Root, Targets
 
 from policies import changes as changes_of_policy
 from policies.consortium import ConsortiumPolicy, Decisions
@@ -31,14 +32,19 @@ from protocols.governance import roles
 from protocols.governance.building import apply_candidates
 from protocols.governance.documents import ADMINS, MEMBERS, Admins, Emergency, Institution, Members
 from protocols.governance.errors import TrustRefusedError
+from protocols.governance.keys import holder_of
 from protocols.governance.repository import (
+    Files,
     MemoryFiles,
     Target,
     TrustState,
     parse_metadata,
+    read_target,
     verify_repository,
 )
 from protocols.governance.requests import Opened
+from protocols.governance.signers import read_charter
+from protocols.identifiers import Digest
 
 POLICY_DOCUMENT: Final = "policy/consortium.json"
 
@@ -398,3 +404,87 @@ def preview(opened: Opened, *, now: datetime) -> tuple[TrustState, list[Change],
     )
     changes = compare(opened.before, after)
     return after, changes, majorities(changes, opened.before, after)
+
+
+def check_steps(before: TrustState, after: TrustState, files: Files) -> list[Change]:
+    """Every version between two states, one by one: a reader that was away must not be skipped.
+
+    Each version of policy and membership is compared with the one before it, and the signatures on
+    that very file are counted, by distinct institutions, under the keys of all roots between the
+    two states. So a change that needs more than its role cannot hide behind a later, smaller one.
+
+    Returns:
+        What changed, for people.
+
+    Raises:
+        TrustRefusedError: trust.majority, or trust.shape where a version cannot be had.
+        MalformedMessageError, DigestMismatchError: a file is not what it should be.
+    """
+    keys = _keys_between(before, after, files)
+    changes: list[Change] = list(_who_decides(before, after))
+    for role in (roles.POLICY, roles.MEMBERSHIP):
+        targets = {p: t for p, t in before.targets.items() if t.role == role}
+        documents = {p: d for p, d in before.documents.items() if p in targets}
+        for version in range(before.versions[role] + 1, after.versions[role] + 1):
+            metadata = parse_metadata(_must(files, f"{version}.{role}.json"), Targets)
+            new = {
+                path: Target(
+                    path=path,
+                    role=role,
+                    sha256=Digest(info.hashes.get("sha256", "")),
+                    length=info.length,
+                )
+                for path, info in metadata.signed.targets.items()
+            }
+            read = {path: read_target(files, target) for path, target in new.items()}
+            step = compare_documents(targets, documents, new, read)
+            table = _table(documents if role == roles.POLICY else before.documents)
+            need = max((change.count(table) for change in step), default=0)
+            signed = _signed_for(metadata, keys)
+            if signed < min(need, after.charter.terms.admins):
+                raise TrustRefusedError(
+                    f"{role} {version} is signed for {signed} institutions; what it changes "
+                    f"needs {need}",
+                    rule="trust.majority",
+                )
+            changes += step
+            targets, documents = new, read
+    policy_of(after)
+    return changes
+
+
+def _must(files: Files, name: str) -> bytes:
+    data = files.metadata(name)
+    if data is None:
+        raise TrustRefusedError(f"{name} is missing", rule="trust.shape")
+    return data
+
+
+def _table(documents: Mapping[str, bytes]) -> Decisions:
+    data = documents.get(POLICY_DOCUMENT)
+    if data is None:
+        raise TrustRefusedError(f"{POLICY_DOCUMENT} is not published", rule="trust.shape")
+    return ConsortiumPolicy.from_bytes(data).governance.decisions
+
+
+def _keys_between(before: TrustState, after: TrustState, files: Files) -> dict[str, Key]:
+    found: dict[str, Key] = {}
+    for version in range(before.root_version, after.root_version + 1):
+        root = parse_metadata(_must(files, f"{version}.root.json"), Root).signed
+        for keyid in read_charter(root).holders:
+            found[keyid] = root.keys[keyid]
+    return found
+
+
+def _signed_for(metadata: Metadata[Targets], keys: Mapping[str, Key]) -> int:
+    institutions = set()
+    for keyid, signature in metadata.signatures.items():
+        key = keys.get(keyid)
+        if key is None:
+            continue
+        try:
+            key.verify_signature(signature, metadata.signed_bytes)
+        except (UnverifiedSignatureError, VerificationError):
+            continue
+        institutions.add(holder_of(key).institution)
+    return len(institutions)

@@ -64,6 +64,28 @@ def join(
     time_zone: Annotated[
         str, typer.Option(metavar="ZONE", help="Of the site's hours, as America/Lima.")
     ] = "UTC",
+    institution_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="KEY", help="The institution's key, to approve this node's keys here and now."
+        ),
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With that key's passphrase; else MINGA_ADMIN_PASSPHRASE."
+        ),
+    ] = None,
+    approval: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The institution's approval, made elsewhere."),
+    ] = None,
+    request_out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Only write what the institution has to approve, and stop."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Use an invitation: make keys here, get a certificate, write config.toml and policy.toml.
@@ -71,6 +93,7 @@ def join(
     If the answer is lost, repeat the very same command.
     """
     from node_agent.cli.joining import JoinRequest, join_folder
+    from node_agent.institution import approver
 
     facts = join_folder(
         JoinRequest(
@@ -85,6 +108,9 @@ def join(
             threads=threads,
             country=country,
             time_zone=time_zone,
+            approval=approval,
+            approve=approver(institution_key, passphrase_file) if institution_key else None,
+            request_out=request_out,
         )
     )
     if as_json:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, get_args
+
+from cryptography import x509
 
 from node_agent.config import (
     DataConfig,
@@ -19,14 +23,22 @@ from node_agent.config import (
     parse_address,
     render_config,
 )
-from node_agent.enrol import Enrolled
+from node_agent.enrol import Enrolled, request_for
 from node_agent.enrol import join as enrol
 from node_agent.keys import KeyStore
 from node_agent.site_policy import STARTING_RULES, starting_policy
 from node_agent.spool import atomic_write
 from node_agent.status import iso
+from protocols.crypto.signatures import public_bytes
 from protocols.enrolment import Invitation
-from protocols.errors import ConfigurationError, ExistsError, MalformedMessageError
+from protocols.errors import (
+    ConfigurationError,
+    ExistsError,
+    MalformedMessageError,
+    NotReadyError,
+)
+from protocols.governance.approval import Approval, Statement, statement_for
+from protocols.identifiers import FederationId, parse_federation_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +56,9 @@ class JoinRequest:
     threads: int | None
     country: str = "XX"  # ISO 3166-1; XX: not said
     time_zone: str = "UTC"
+    approval: Path | None = None  # the institution's statement, as a file
+    approve: Callable[[Statement], Approval] | None = field(default=None, repr=False)
+    request_out: Path | None = None  # write what the institution has to approve, and stop
 
 
 def _address(text: str) -> str:
@@ -99,6 +114,48 @@ def _write_policy(node: NodeFolder, request: JoinRequest) -> None:
             atomic_write(path, content.encode())
 
 
+def _approval(request: JoinRequest, keys: KeyStore, invitation: Invitation) -> bytes:
+    """What the institution says about the keys made here; empty: it says nothing.
+
+    Raises:
+        NotReadyError: what it has to approve was written; join again with its approval.
+        ConfigurationError: the approval cannot be read.
+    """
+    if request.approval is not None:
+        try:
+            return request.approval.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(f"{request.approval}: {error.strerror}") from None
+    if request.approve is None and request.request_out is None:
+        return b""
+    signing_key, asked, _ = request_for(keys, invitation)
+    statement = statement_for(
+        federation=federation_of_root(invitation.root_der),
+        institution=invitation.institution,
+        csr=asked.csr,
+        signing_key=public_bytes(signing_key),
+        now=datetime.now(UTC),
+    )
+    if request.approve is not None:
+        return request.approve(statement).to_bytes()
+    if request.request_out is not None:
+        atomic_write(request.request_out, statement.to_bytes())
+    raise NotReadyError(
+        f"{request.request_out} waits for the institution's key: `minga admin member approve`, "
+        "then join again with --approval"
+    )
+
+
+def federation_of_root(der: bytes) -> FederationId:
+    """Whose root certificate an invitation carries. Raises: MalformedMessageError."""
+    try:
+        names = x509.load_der_x509_certificate(der).subject
+        found = names.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+        return parse_federation_id(found[0].value)
+    except (ValueError, IndexError):
+        raise MalformedMessageError("the invitation's certificate names no federation") from None
+
+
 def join_folder(request: JoinRequest) -> dict[str, Any]:
     """Join a federation with a folder; safe to repeat.
 
@@ -119,9 +176,12 @@ def join_folder(request: JoinRequest) -> dict[str, Any]:
     before = _check_folder(node, invitation)
     node.make()
     keys = KeyStore(node.keys)
+    approval = _approval(request, keys, invitation)
     enrolled: Enrolled = asyncio.run(
-        enrol(keys, invitation, enrolment=enrolment, rng=SystemRandom())
+        enrol(keys, invitation, enrolment=enrolment, rng=SystemRandom(), approval=approval)
     )
+    if enrolled.trust_root is not None:
+        atomic_write(node.trust_root, enrolled.trust_root)
     if before is None:
         text = render_config(
             institution=enrolled.node,
