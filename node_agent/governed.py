@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -70,7 +70,7 @@ class Situated:
     eps_round_micro: int | None = None  # None: the model's size is not known yet
     eps_after_micro: int | None = None  # of the budget, with this round
     cost_pending: bool = False  # the size is not known yet: cost is asked again before the join
-    approved: Digest | None = field(default=None)  # digest of the plan that a person approved
+    installed_code: Digest | None = None  # of the program that would train; None: not looked at
 
 
 # -- what the consortium signed --------------------------------------------------------------------
@@ -152,6 +152,9 @@ def decide_governed(
     answers = [terms, wanted]
     if plan.terms is not None and plan.terms.code.image in in_force.denied_code:
         answers.append(refused("trust.emergency", "an emergency notice denies the plan's code"))
+    if plan.terms is not None and at.installed_code not in (None, plan.terms.code.image):
+        said = f"installed here is the program {at.installed_code:.12}…, the plan names another"
+        answers.append(refused("code.installed", said))
     answers += [
         _data(plan, config, in_force, site, facts, at, dataset, bool(terms))
         for dataset in site.policy.datasets

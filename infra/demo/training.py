@@ -15,6 +15,7 @@ from protocols.secagg.threshold import SecaggTerms
 
 RUN: Final = "demo-1"
 ROUNDS: Final = 6  # training rounds, unless asked for others
+MOST_NORM: Final = 100.0  # L2, of an update: far above what forty steps make of this model
 _SEQUENCE: Final = 128  # tokens: bytes of text
 
 MODEL: Final[dict[str, Any]] = {
@@ -71,7 +72,11 @@ def demo_plan(
         },
         "outer": {"optimizer": "average", "lr": 1.0},
         # A coordinate moves by at most about steps * lr in a round with these betas.
-        "vector": {"ring_bits": 20, "scale": {"mode": "per-block", "first_bound": 0.1}},
+        "vector": {
+            "ring_bits": 20,
+            "scale": {"mode": "per-block", "first_bound": 0.1},
+            "clip_norm": MOST_NORM,
+        },
         "deadlines": {
             "join": 120,
             "train": 300,  # a busy machine takes its time to start torch at four sites

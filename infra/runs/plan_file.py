@@ -20,6 +20,8 @@ from typing import Any, Final
 
 from cryptography import x509
 
+from policies.consortium import ConsortiumPolicy
+from policies.drafting import terms_value
 from protocols.canonical import parse_json
 from protocols.errors import (
     ConfigurationError,
@@ -143,14 +145,19 @@ def complete_plan(
     model: InitialModel,
     federation: FederationId,
     keys: Mapping[str, str] = MappingProxyType({}),
+    *,
+    policy: ConsortiumPolicy | None = None,
+    code: Digest | None = None,
 ) -> Submission:
-    """Fill in what follows from the snapshot and check what was written against it.
+    """Fill in what follows from snapshot and policy, and check what was written against them.
 
     Args:
         written: fields as read from the file; not changed.
         model: what round 0 starts from.
         federation: that of the operator's certificate.
         keys: hex signing keys of enrolled nodes, for a secure sum.
+        policy: the consortium's, in force; None: the plan has no terms, or all that it needs.
+        code: digest of the program that shall train; None: the one that the policy lists.
 
     Raises:
         MalformedMessageError, PlanRefusedError: a field is wrong; the sentence names it.
@@ -159,6 +166,7 @@ def complete_plan(
     fields = deepcopy(written)
     fields.setdefault("federation", federation)
     complete_secure_sum(fields, keys)
+    terms = fields.pop("terms", None)
     part = fields.get("model")
     if not isinstance(part, dict):
         raise MalformedMessageError("plan: model: the plan must say which model is trained")
@@ -179,6 +187,9 @@ def complete_plan(
             f"{snapshot.model_root[:12]}…"
         )
     part["initial"] = snapshot.model_root
+    if policy is not None and isinstance(terms, dict | None):
+        terms = terms_value(policy, initial=snapshot.model_root, written=terms or {}, code=code)
+    fields["terms"] = terms
     return Submission(plan=Plan.from_value(fields), snapshot=snapshot, scales=scales)
 
 
