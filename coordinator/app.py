@@ -25,21 +25,26 @@ from coordinator.drivers.retention import RetentionDriver
 from coordinator.drivers.rounds import RoundDriver
 from coordinator.layouts import Layouts
 from coordinator.ledger import Ledger
+from coordinator.log_parts import LogParts, open_log
+from coordinator.log_push import push
 from coordinator.services.admin import AdminService
 from coordinator.services.bulk import BulkService, raw_handlers
 from coordinator.services.caller import Callers
 from coordinator.services.enrolment import EnrolmentService, RenewalService
 from coordinator.services.errors import ErrorInterceptor
+from coordinator.services.log import LogService, WitnessService
 from coordinator.services.rounds import RoundsService
 from coordinator.services.secure_sum import SecureSumService
 from coordinator.services.trust import TrustService
 from coordinator.spool import Spool
+from coordinator.static_http import StaticServer
 from coordinator.trust_repository import ONLINE_KEY, TrustRepository, load_online_key
 from protocols.errors import ConfigurationError
 from protocols.gen import (
     admin_pb2_grpc,
     bulk_pb2_grpc,
     enrolment_pb2_grpc,
+    log_pb2_grpc,
     rounds_pb2_grpc,
     secure_sum_pb2_grpc,
     trust_pb2_grpc,
@@ -79,6 +84,7 @@ class Parts:
     authority: CertificateAuthority
     callers: Callers
     trust: TrustRepository | None  # None: a coordinator made before there was governance
+    log: LogParts | None  # None: the federation keeps no round log
 
 
 def open_trust(config: CoordinatorConfig, clock: Clock) -> TrustRepository | None:
@@ -110,7 +116,9 @@ async def build(config: CoordinatorConfig, clock: Clock) -> Parts:
         LedgerBusyError: another coordinator holds the SQLite file.
     """
     authority = CertificateAuthority.load(config.federation, config.keys)
-    ledger = Ledger(config.ledger_url, clock=clock)
+    opened = open_log(config)
+    log, sequencer = opened or (None, None)
+    ledger = Ledger(config.ledger_url, clock=clock, sequencer=sequencer)
     await ledger.open()
     blobs = Blobs(config.blobs)
     blobs.prepare()
@@ -128,6 +136,7 @@ async def build(config: CoordinatorConfig, clock: Clock) -> Parts:
         authority=authority,
         callers=Callers(config.federation, ledger, clock, trust),
         trust=trust,
+        log=log,
     )
 
 
@@ -169,9 +178,18 @@ def main_server(parts: Parts) -> grpc.aio.Server:
             authority=parts.authority,
             trust=parts.trust,
             caps=parts.config.caps,
+            hub=parts.log.hub if parts.log else None,
         ),
         server,
     )
+    if parts.log is not None:
+        hub = parts.log.hub
+        log_pb2_grpc.add_LogServicer_to_server(
+            LogService(callers=callers, ledger=ledger, hub=hub), server
+        )
+        log_pb2_grpc.add_WitnessServicer_to_server(
+            WitnessService(callers=callers, hub=hub, clock=clock), server
+        )
     if parts.trust is not None:
         trust_pb2_grpc.add_TrustServicer_to_server(
             TrustService(callers=callers, ledger=ledger, trust=parts.trust), server
@@ -186,6 +204,7 @@ def main_server(parts: Parts) -> grpc.aio.Server:
         clock=parts.clock,
         hours=parts.config.node_certificate_hours,
         trust=parts.trust,
+        log_vkey=parts.log.vkey if parts.log else "",
     )
     enrolment_pb2_grpc.add_RenewalServicer_to_server(renewal, server)
     keys = parts.config.keys
@@ -211,6 +230,7 @@ def enrolment_server(parts: Parts) -> grpc.aio.Server:
         clock=parts.clock,
         hours=parts.config.node_certificate_hours,
         trust=parts.trust,
+        log_vkey=parts.log.vkey if parts.log else "",
     )
     enrolment_pb2_grpc.add_EnrolmentServicer_to_server(service, server)
     keys = parts.config.keys
@@ -228,6 +248,30 @@ def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCrede
         bound = 0
     if not bound:
         raise ConfigurationError(f"cannot listen on {address}: is the port in use?")
+
+
+def log_drivers(parts: Parts) -> set[asyncio.Task[None]]:
+    """Start what keeps the round log, if there is one."""
+    log = parts.log
+    if log is None:
+        return set()
+    tasks = {asyncio.create_task(log.writer(parts.ledger, parts.clock).run(), name="log writer")}
+    for place, witness in enumerate(log.config.witnesses, start=1):
+        asking = push(log.hub, parts.clock, f"auditor.{place}", witness.url)
+        tasks.add(asyncio.create_task(asking, name=f"witness {place}"))
+    return tasks
+
+
+def static_server(config: CoordinatorConfig) -> StaticServer | None:
+    """The plain HTTP server of log and trust repository; None: nobody is served.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+    if config.log is None or config.log.http is None:
+        return None
+    tuf = config.log.folder.parent / "tuf"
+    return StaticServer(config.log.http, {"log": config.log.folder, "tuf": tuf})
 
 
 def keep_heap_small() -> None:
@@ -249,6 +293,7 @@ async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopping.set)
     servers = [main_server(parts), enrolment_server(parts)]
+    static = static_server(config)
     driver = RoundDriver(
         ledger=parts.ledger,
         clock=parts.clock,
@@ -266,24 +311,30 @@ async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
     try:
         for server in servers:
             await server.start()
+        if static is not None:
+            static.start()
         logger.info(
             "serving federation %s on %s, enrolment on %s",
             config.federation,
             config.address,
             config.enrolment_address,
         )
-        driving = asyncio.create_task(driver.run(), name="round driver")
-        retaining = asyncio.create_task(retention.run(), name="retention")
-        tasks = {driving, retaining}
+        drivers = {
+            asyncio.create_task(driver.run(), name="round driver"),
+            asyncio.create_task(retention.run(), name="retention"),
+            *log_drivers(parts),
+        }
         if parts.trust is not None:
-            tasks.add(asyncio.create_task(parts.trust.run(), name="trust"))
+            drivers.add(asyncio.create_task(parts.trust.run(), name="trust"))
         stopped = asyncio.create_task(stopping.wait())
-        done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({*drivers, stopped}, return_when=asyncio.FIRST_COMPLETED)
         for task in done - {stopped}:
             task.result()  # a driver never ends by itself: raise what stopped it
-        for task in tasks:
+        for task in drivers:
             task.cancel()
-        await asyncio.wait(tasks, timeout=_GRACE_S)
+        await asyncio.wait(drivers, timeout=_GRACE_S)
     finally:
+        if static is not None:
+            await asyncio.to_thread(static.stop)
         await asyncio.gather(*(server.stop(_GRACE_S) for server in servers))
         await parts.ledger.close()

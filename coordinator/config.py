@@ -25,6 +25,12 @@ epsilon = 8.0
 delta = 1e-6
 starts = 2026-01-01                 # left out: since ever
 ends = 2027-01-01                   # left out: for ever
+[log]                               # no section: the federation keeps no round log
+folder = "../log"                   # the static directory
+http = "0.0.0.0:8080"               # serves log/ and tuf/ read-only; left out: nobody
+[[log.witness]]                     # beside those of nodes; each must cosign
+vkey = "witness.example/w1+…"
+url = "https://witness.example"
 """
 
 from __future__ import annotations
@@ -115,6 +121,19 @@ class _Privacy(_Section):
     budget: tuple[_Budget, ...] = ()
 
 
+class Witness(_Section):
+    """A witness that listens over HTTP."""
+
+    vkey: str
+    url: Annotated[str, Field(pattern=r"^https?://")]
+
+
+class _Log(_Section):
+    folder: Path = Path("../log")
+    http: Address | None = None
+    witness: tuple[Witness, ...] = ()
+
+
 class _File(_Section):
     federation: Annotated[str, AfterValidator(parse_federation_id)]
     listen: _Listen
@@ -123,6 +142,16 @@ class _File(_Section):
     certificates: _Certificates = _Certificates()
     governance: _Governance = _Governance()
     privacy: _Privacy = _Privacy()
+    log: _Log | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """Where the round log is, who serves it, who cosigns beside the nodes."""
+
+    folder: Path
+    http: str | None
+    witnesses: tuple[Witness, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +172,7 @@ class CoordinatorConfig:
     node_certificate_hours: int
     trust: Path
     governed: bool  # a run, an invitation and a certificate need what the admins signed
+    log: LogConfig | None  # None: no round log
     caps: tuple[Cap, ...] = ()  # privacy that the federation allows
 
 
@@ -191,4 +221,13 @@ def load_config(path: Path) -> CoordinatorConfig:
         trust=(folder / file.governance.folder).resolve(),
         governed=file.governance.require,
         caps=tuple(budget.cap() for budget in file.privacy.budget),
+        log=(
+            LogConfig(
+                folder=(folder / file.log.folder).resolve(),
+                http=file.log.http,
+                witnesses=file.log.witness,
+            )
+            if file.log
+            else None
+        ),
     )

@@ -8,25 +8,31 @@ protocols/spec/round.md, section 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
+from coordinator.leaves import say_aggregate, say_closed, say_phase, say_plan, starts
 from coordinator.ledger import RoundRow, RunRow, RunStatus, Tx
 from coordinator.privacy import settle
+from coordinator.secure_sum import Sum
 from protocols.cohort import terms_of
 from protocols.identifiers import Digest, NodeId, RoundId
 from protocols.plan import Plan
 from protocols.rounds import (
     Aborted,
     Burned,
+    Committing,
     Event,
     Opened,
     Phase,
+    Released,
     Step,
     SumOpened,
     TimePassed,
+    Training,
     open_round,
     step,
 )
@@ -82,7 +88,37 @@ def advance(
         now=now,
         entered=is_new_phase(row.phase, answer.phase),
     )
+    if tx.logs:
+        _log(tx, row, answer.phase, now, node)
     return answer
+
+
+def _log(tx: Tx, row: RoundRow, after: Phase, now: datetime, node: NodeId | None) -> None:
+    """The leaves of a step, in its transaction."""
+    plan, before = tx.run(row.round.run).plan, row.phase
+    if isinstance(after, Training):  # who joined has judged the round before
+        last = tx.last_released(row.round.run)
+        if last is not None:
+            say_closed(tx, plan, last.round, now, even_if_silent=True)
+    ctx_deal = certificate = None
+    if plan.secagg is not None:
+        begun = starts(before, after)
+        if begun is not None:
+            summed = Sum.of(tx, replace(row, phase=after), plan, begun[0])
+            ctx_deal = summed.started().ctx_deal
+        elif isinstance(after, Aborted) and isinstance(before, Committing):
+            certificate = Sum.of(tx, row, plan, before.attempt).abort_certificate()
+    say_phase(
+        tx,
+        plan,
+        row.round,
+        before,
+        after,
+        now,
+        actor=node,
+        ctx_deal=ctx_deal,
+        certificate=certificate,
+    )
 
 
 def is_new_phase(before: Phase, after: Phase) -> bool:
@@ -95,6 +131,15 @@ def is_new_phase(before: Phase, after: Phase) -> bool:
 def why_now(row: RoundRow, now: datetime) -> str:
     """What the round is waiting for, as the machine itself would say it; decides nothing."""
     return step(row.round, row.phase, TimePassed(), now).why
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """How a secure sum was opened: its transcript, as it is published and as it is logged."""
+
+    blob: Digest  # root of its units
+    sha256: Digest  # of its bytes
+    certificate_sha256: Digest  # of the commits in it
 
 
 # -- the course of a run -----------------------------------------------------------------------
@@ -183,7 +228,7 @@ def retry_at(newest: Sequence[RoundRow]) -> datetime | None:
 def open_next(tx: Tx, plan: Plan, decision: OpenRound, now: datetime) -> RoundRow:
     """Open the round that ``next_of_run`` asked for."""
     first = open_round(terms_of(plan), now=now, join_s=plan.deadlines.join)
-    return tx.open_round(
+    row = tx.open_round(
         RoundId(plan.run_id, decision.number),
         index=decision.index,
         phase=first,
@@ -191,6 +236,9 @@ def open_next(tx: Tx, plan: Plan, decision: OpenRound, now: datetime) -> RoundRo
         why=decision.why,
         now=now,
     )
+    if tx.logs:
+        say_plan(tx, tx.run(plan.run_id), row, now)
+    return row
 
 
 def record_release(
@@ -201,8 +249,16 @@ def record_release(
     snapshot: Snapshot,
     metrics: dict[str, int],
     now: datetime,
+    norm: float = math.inf,
+    opening: Opening | None = None,
 ) -> Step:
     """Record that a sum is public; its blobs are durable already. May be repeated.
+
+    Args:
+        sum_, snapshot, metrics: what came out.
+        now: UTC.
+        norm: L2 norm of the mean update; infinite: not known.
+        opening: how a secure sum was opened.
 
     Raises:
         EquivocationError: another result was recorded before.
@@ -211,4 +267,20 @@ def record_release(
     opened = Opened(sum=sum_, model_root=snapshot.model_root)
     answer = advance(tx, round_id, SumOpened(opened), now, transaction="record_release")
     tx.set_result(round_id, sum_, snapshot.to_bytes(), metrics)
+    if opening is not None:
+        tx.set_transcript(round_id, opening.blob)
+    if tx.logs and isinstance(answer.phase, Released):
+        say_aggregate(
+            tx,
+            tx.run(round_id.run).plan,
+            round_id,
+            now,
+            attempt=answer.phase.attempt,
+            sum_blob=sum_,
+            model_out=snapshot.model_root,
+            norm=norm,
+            transcript_blob=opening.blob if opening else None,
+            transcript_sha256=opening.sha256 if opening else None,
+            certificate_sha256=opening.certificate_sha256 if opening else None,
+        )
     return answer

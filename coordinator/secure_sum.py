@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from coordinator.ledger import RoundRow, Tx
+from protocols.canonical import sha256_hex
 from protocols.errors import (
     ConflictingUploadError,
     MalformedMessageError,
@@ -64,6 +65,7 @@ from protocols.secagg.messages import (
     signed_from_bytes,
 )
 from protocols.secagg.unmask import mask_remover
+from protocols.tlog.checkpoint import Checkpoint
 
 READY: Final = "ready"
 DEAL: Final = "deal"
@@ -177,13 +179,35 @@ class Sum:
         self.started()
         return lists.make_start({n: s for n, s in self.signed(READY).items() if n in members})
 
+    def checkpoint(self) -> bytes:
+        """What the attempt is bound to: the tree that ends with its ``round.start``.
+
+        Nodes derive it from the log that they have verified (spec/log.md, 13.6).
+        """
+        order, leaf = self.tx.sequencer, None
+        if order is not None:
+            leaf = self.tx.start_leaf(self.row.round, self.attempt.number)
+        if order is None or leaf is None:
+            return NO_CHECKPOINT
+        head = Checkpoint(origin=order.origin, size=leaf.index + 1, root=leaf.root)
+        return head.to_text().encode()
+
+    def abort_certificate(self) -> Digest:
+        """SHA-256 of the aborts of this attempt.
+
+        Raises:
+            CheckFailedError: fewer than a quorum.
+        """
+        made = lists.make_abort_certificate(self.signed(ABORT), self.attempt)
+        return sha256_hex(made.to_bytes())
+
     def _deliveries(self) -> tuple[Agreed, dict[NodeId, Delivery]]:
         members, bundles = self.members(), self.bundles()
         missing = members - bundles.keys()
         if missing:
             raise NotReadyError(f"{self.attempt} waits for DEAL of {', '.join(sorted(missing))}")
         chosen = {node: bundles[node] for node in members}
-        return lists.make_deliveries(chosen, self.started(), NO_CHECKPOINT)
+        return lists.make_deliveries(chosen, self.started(), self.checkpoint())
 
     def agreed(self) -> Agreed:
         """The facts of Dealing. Raises: NotReadyError: a deal is missing."""
@@ -192,7 +216,7 @@ class Sum:
         chosen = [deal for deal in deals if deal.body.node in wanted]
         if len(chosen) != len(wanted):
             raise NotReadyError(f"{self.attempt} waits for the deals of all its members")
-        return checks.check_deals(chosen, self.started(), NO_CHECKPOINT)
+        return checks.check_deals(chosen, self.started(), self.checkpoint())
 
     def delivery(self, node: NodeId) -> Delivery:
         """All DEALs with the packets for ``node``."""
@@ -401,7 +425,7 @@ def open_masks(summed: Sum) -> Opening:
     transcript = lists.make_transcript(
         start=summed.start(),
         bundles={node: bundle for node, bundle in summed.bundles().items() if node in members},
-        checkpoint=NO_CHECKPOINT,
+        checkpoint=summed.checkpoint(),
         go=summed.go(),
         survivors=summed.survivors(),
         certificate=summed.certificate(),

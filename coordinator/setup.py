@@ -22,7 +22,9 @@ from coordinator.ca import (
 )
 from coordinator.clock import SystemClock
 from coordinator.config import CoordinatorConfig, load_config
-from coordinator.ledger import Ledger
+from coordinator.leaves import say_certificate
+from coordinator.ledger import Ledger, Tx
+from coordinator.log_parts import default_origin, genesis, make_keys, open_log, say_genesis
 from coordinator.trust_repository import ONLINE_KEY
 from protocols.canonical import canonical_bytes, sha256_hex
 from protocols.crypto.identity import Identity, spki_digest
@@ -30,6 +32,7 @@ from protocols.crypto.signatures import public_bytes
 from protocols.errors import ExistsError
 from protocols.governance.keys import ed25519_key, key_to_value
 from protocols.identifiers import FederationId, parse_federation_id, parse_node_id
+from protocols.tlog.kinds import Genesis
 
 OPERATOR_DAYS = 365
 
@@ -46,11 +49,19 @@ def initialise(
     operator: str,
     governed: bool = False,
     now: datetime | None = None,
+    log: bool = True,
+    http: str | None = None,
+    witnesses: tuple[tuple[str, str], ...] = (),
 ) -> Path:
     """Make ``folder/coordinator``.
 
     With ``governed`` nothing runs before the federation is founded: its admins sign a root that
     gives snapshot and timestamp to the online key made here, which ``founding.json`` names.
+
+    Args:
+        log: whether the federation keeps a round log.
+        http: HOST:PORT that serves it.
+        witnesses: vkey and URL of each witness beside the nodes; each must cosign.
 
     Raises:
         ExistsError: there is one already; nothing is overwritten.
@@ -107,10 +118,20 @@ def initialise(
     document: dict[str, Any] = {"federation": name, "listen": listen, "ledger": {"url": ledger}}
     if governed:
         document["governance"] = {"require": True}
+    if log:
+        make_keys(keys, default_origin(name, at))
+        document["log"] = {"folder": "../log", **({"http": http} if http else {})}
+        if witnesses:
+            listed = [{"vkey": vkey, "url": url} for vkey, url in witnesses]
+            document["log"]["witness"] = listed
     (home / "config.toml").write_bytes(tomli_w.dumps(document).encode())
     config = load_config(home / "config.toml")
 
-    asyncio.run(_register(config, person, operator_name))
+    first = None
+    if log:
+        vkeys = tuple(vkey for vkey, _ in witnesses)
+        first = genesis(keys, name, operator_name, authority.certificate, vkeys)
+    asyncio.run(_register(config, person, operator_name, first))
     return home
 
 
@@ -128,17 +149,26 @@ def founding_statement(
     )
 
 
-async def _register(config: CoordinatorConfig, person: x509.Certificate, name: str) -> None:
-    """Enter the operator's certificate: only certificates in the ledger are answered."""
-    async with Ledger(config.ledger_url, clock=SystemClock()) as ledger:
-        await ledger.run(
-            "register_operator",
-            lambda tx: tx.add_certificate(
-                serial=person.serial_number,
-                spki_sha256=spki_digest(person),
-                subject_role="operator",
-                subject_name=name,
-                not_after=person.not_valid_after_utc,
-                der=person.public_bytes(serialization.Encoding.DER),
-            ),
+async def _register(
+    config: CoordinatorConfig, person: x509.Certificate, name: str, first: Genesis | None
+) -> None:
+    """Begin the log; enter the operator's certificate: only those in the ledger are answered."""
+    opened = open_log(config)
+    sequencer = opened[1] if opened else None
+
+    def register(tx: Tx) -> None:
+        if first is not None:
+            say_genesis(tx, first)
+        tx.add_certificate(
+            serial=person.serial_number,
+            spki_sha256=spki_digest(person),
+            subject_role="operator",
+            subject_name=name,
+            not_after=person.not_valid_after_utc,
+            der=person.public_bytes(serialization.Encoding.DER),
         )
+        if tx.logs:
+            say_certificate(tx, person, config.federation, None)
+
+    async with Ledger(config.ledger_url, clock=SystemClock(), sequencer=sequencer) as ledger:
+        await ledger.run("register_operator", register)

@@ -56,6 +56,7 @@ def init(
         ledger=ledger,
         operator=operator,
         governed=governed,
+        log=False,
     )
     typer.echo(f"made {made}")
     if governed:

@@ -32,10 +32,12 @@ from coordinator.aggregation.release import Release, release
 from coordinator.blobs import Blobs
 from coordinator.clock import Clock
 from coordinator.layouts import Layouts
+from coordinator.leaves import say_closed
 from coordinator.ledger import LeaseLostError, Ledger, RoundRow, RunRow, Tx
 from coordinator.rounds import (
     MAX_FAILURES,
     EndRun,
+    Opening,
     OpenRound,
     advance,
     next_of_run,
@@ -43,13 +45,15 @@ from coordinator.rounds import (
     record_release,
     retry_at,
 )
-from coordinator.secure_sum import Opening, Sum, open_masks
+from coordinator.secure_sum import Opening as Unmasking
+from coordinator.secure_sum import Sum, open_masks
 from coordinator.spool import upload_path
 from coordinator.trust_repository import TrustRepository
+from protocols.canonical import sha256_hex
 from protocols.errors import FederationError, IntegrityError
 from protocols.governance.documents import run_refusal
 from protocols.governance.repository import sha256_of
-from protocols.identifiers import Digest, RoundId, RunId
+from protocols.identifiers import RoundId, RunId
 from protocols.plan import Plan
 from protocols.rounds import Released, SumFailed, TimePassed, deadline
 from protocols.tensors.snapshot import Snapshot
@@ -60,7 +64,9 @@ Result = TypeVar("Result")
 LEASE: Final = "rounds"
 LEASE_TTL: Final = timedelta(seconds=4)  # how long a dead process holds the others up
 RENEW_EVERY: Final = timedelta(seconds=1)
+CLOSE_AFTER: Final = timedelta(minutes=10)  # then a verdict is not waited for any more
 IDLE_S: Final = 1.0  # between two passes when nothing happens: deadlines are kept this exactly
+CLOSE_EVERY: Final = timedelta(minutes=1)
 _RETRY: Final = timedelta(seconds=2)  # after adding up failed for a reason that may pass
 
 
@@ -133,6 +139,13 @@ def go_on(tx: Tx, run: RunRow, now: datetime, *, may_open: bool = True) -> bool:
             return False  # another process opened it since we looked
 
 
+def close_old(tx: Tx, now: datetime) -> None:
+    """Say of rounds released long ago who judged them: nobody else is waited for."""
+    if tx.logs:
+        for round_id in tx.unclosed_rounds(now - CLOSE_AFTER):
+            say_closed(tx, tx.run(round_id.run).plan, round_id, now, even_if_silent=True)
+
+
 class RoundDriver:
     """Drives all rounds of one coordinator.
 
@@ -169,6 +182,7 @@ class RoundDriver:
         self._renew_at: datetime | None = None
         self._adding: dict[RoundId, asyncio.Task[None]] = {}
         self._not_before: dict[RoundId, datetime] = {}
+        self._close_at = clock.now()
 
     # -- the loop ----------------------------------------------------------------------------
 
@@ -222,6 +236,9 @@ class RoundDriver:
             for run in work.runs:
                 may = self._may_open(run, now)
                 await self._fenced("next_round", partial(go_on, run=run, now=now, may_open=may))
+            if now >= self._close_at:
+                self._close_at = now + CLOSE_EVERY
+                await self._fenced("close_rounds", partial(close_old, now=now))
         except LeaseLostError:
             self._fence = self._renew_at = None
             raise
@@ -327,11 +344,7 @@ class RoundDriver:
                 remover=opening.remover if opening else None,
             )
             result = await asyncio.to_thread(work)
-            transcript = (
-                await asyncio.to_thread(self._blobs.put_bytes, opening.transcript.to_bytes())
-                if opening
-                else None
-            )
+            how = await asyncio.to_thread(self._publish, opening) if opening else None
         except IntegrityError as error:
             logger.warning("round %s: %s", row.round, error)
             await self._record("sum_failed", partial(_burn, round_id=row.round, error=error))
@@ -341,8 +354,17 @@ class RoundDriver:
             logger.exception("adding up round %s failed; it is tried again", row.round)
             self._not_before[row.round] = self._clock.now() + _RETRY
         else:
-            done = partial(_opened, round_id=row.round, result=result, transcript=transcript)
+            done = partial(_opened, round_id=row.round, result=result, opening=how)
             await self._record("record_release", done)
+
+    def _publish(self, opening: Unmasking) -> Opening:
+        """Keep the transcript of a secure sum. Blocking."""
+        data = opening.transcript.to_bytes()
+        return Opening(
+            blob=self._blobs.put_bytes(data),
+            sha256=sha256_hex(data),
+            certificate_sha256=sha256_hex(opening.transcript.certificate.to_bytes()),
+        )
 
     async def _record(self, name: str, work: Callable[..., object]) -> None:
         now = self._clock.now()
@@ -357,7 +379,7 @@ class RoundDriver:
 
     def _parts_of(
         self, tx: Tx, row: RoundRow, plan: Plan, phase: Released
-    ) -> tuple[Sequence[Path], Opening | None]:
+    ) -> tuple[Sequence[Path], Unmasking | None]:
         """The vectors to add, and in a secure sum what takes the masks off."""
         uploads = self._uploads_of(tx, row.round, phase)
         if plan.secagg is None:
@@ -391,7 +413,7 @@ def _burn(tx: Tx, round_id: RoundId, error: IntegrityError, *, now: datetime) ->
 
 
 def _opened(
-    tx: Tx, round_id: RoundId, result: Release, transcript: Digest | None, *, now: datetime
+    tx: Tx, round_id: RoundId, result: Release, opening: Opening | None, *, now: datetime
 ) -> None:
     record_release(
         tx,
@@ -400,6 +422,6 @@ def _opened(
         snapshot=result.snapshot,
         metrics=result.metrics,
         now=now,
+        norm=result.norm,
+        opening=opening,
     )
-    if transcript is not None:
-        tx.set_transcript(round_id, transcript)

@@ -120,6 +120,11 @@ class Ledger:
     ) -> None:
         await self.close()
 
+    @property
+    def logs(self) -> bool:
+        """Whether this federation keeps a round log."""
+        return self._sequencer is not None
+
     # -- transactions ------------------------------------------------------------------------
 
     async def run(self, name: str, work: Callable[[Tx], Result]) -> Result:

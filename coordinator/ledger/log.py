@@ -8,7 +8,7 @@ of a deadlock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import bindparam
 
-from coordinator.ledger.schema import log_chain, log_leaf, log_size
+from coordinator.ledger.schema import log_chain, log_leaf, log_size, rounds
 from coordinator.ledger.sequencer import OwnLeaf, Placed, Sequencer
 from coordinator.ledger.statements import Statements
 from policies.audit.replay import Replay
-from protocols.errors import ConfigurationError, CorruptStateError
+from protocols.errors import ConfigurationError, CorruptStateError, NotListedError
 from protocols.identifiers import Digest, RoundId, RunId
 from protocols.rounds_codec import from_ms, to_ms
-from protocols.tlog.kinds import Predicate, is_about_round, parse_round_subject
+from protocols.tlog.kinds import Predicate, Role, is_about_round, parse_round_subject
 from protocols.tlog.leaf import MAX_LEAF
 from protocols.tlog.merkle import leaf_hash
 
@@ -52,6 +52,20 @@ _HASHES = (
     sa.select(log_leaf.c.leaf_hash)
     .where(log_leaf.c.index >= bindparam("first"))
     .order_by(log_leaf.c.index)
+)
+_UNCLOSED = sa.select(rounds.c.run_id, rounds.c.number).where(
+    rounds.c.sum.is_not(None),
+    rounds.c.changed_at < bindparam("before"),
+    sa.exists().where(
+        log_leaf.c.run_id == rounds.c.run_id,
+        log_leaf.c.number == rounds.c.number,
+        log_leaf.c.kind == "round.aggregate",
+    ),
+    ~sa.exists().where(
+        log_leaf.c.run_id == rounds.c.run_id,
+        log_leaf.c.number == rounds.c.number,
+        log_leaf.c.kind == "round.closed",
+    ),
 )
 _BATCH = 512  # leaves read at once
 
@@ -83,8 +97,12 @@ class LogLeaves(Statements):
 
     # -- appending -----------------------------------------------------------------------------
 
-    def append_leaf(self, entry: bytes) -> Digest:
+    def append_leaf(self, entry: bytes, *, by: tuple[Role, str] | None = None) -> Digest:
         """Append somebody else's leaf when the transaction ends; its hash.
+
+        Args:
+            entry: as it came.
+            by: who must have signed it, by the keys that the log knows.
 
         The same leaf again changes nothing. Whether it may stand is found out at the end: then the
         transaction fails with the leaf's rule.
@@ -94,12 +112,25 @@ class LogLeaves(Statements):
         """
         self._must_log()
         self._leaves().append(entry)
+        if by is not None:
+            self._signers[entry] = by
         return Digest(leaf_hash(entry[: MAX_LEAF + 1]).hex())
 
     def append_own(
-        self, said: Predicate, *, subject: str, digest: Digest, now: datetime | None = None
+        self,
+        said: Predicate | Callable[[Replay], Predicate | None],
+        *,
+        subject: str,
+        digest: Digest,
+        now: datetime | None = None,
     ) -> None:
-        """Say something as the coordinator when the transaction ends; nothing without a log."""
+        """Say something as the coordinator when the transaction ends; nothing without a log.
+
+        Args:
+            said: what; or how to make it from the log as it is at the end.
+            subject, digest: what it is about.
+            now: UTC; when the transaction began, if not given.
+        """
         if self.sequencer is not None:
             at = now or self.now
             self._leaves().append(OwnLeaf(said=said, subject=subject, digest=digest, now=at))
@@ -111,6 +142,13 @@ class LogLeaves(Statements):
         return super().write_history()
 
     _queued: list[bytes | OwnLeaf] | None = None
+    _by: dict[bytes, tuple[Role, str]] | None = None
+
+    @property
+    def _signers(self) -> dict[bytes, tuple[Role, str]]:
+        if self._by is None:
+            self._by = {}
+        return self._by
 
     def _leaves(self) -> list[bytes | OwnLeaf]:
         if self._queued is None:
@@ -128,6 +166,10 @@ class LogLeaves(Statements):
         size: int = self._c.execute(_LOCK_SIZE).scalar_one()
         state = sequencer.catch_up(size, self._entries, self._hash_at)
         placed = sequencer.place(state, [leaf for leaf in queued if not self._is_logged(leaf)])
+        for each in placed:
+            holder, by = each.taken.holder, self._signers.get(each.taken.leaf.entry)
+            if by is not None and by != (holder.role, holder.name):
+                raise NotListedError(f"{by[1]} handed in a leaf of {holder.name}")
         if not placed:
             return
         self._c.execute(_ADD, [self._row(each) for each in placed])
@@ -202,6 +244,11 @@ class LogLeaves(Statements):
         """The ``round.start`` of an attempt."""
         found = self.round_leaves(round_id, "round.start")
         return next((row for row in found if row.attempt == attempt), None)
+
+    def unclosed_rounds(self, before: datetime) -> list[RoundId]:
+        """Rounds released before a time whose ``round.closed`` is not logged."""
+        rows = self._all(_UNCLOSED, before=to_ms(before))
+        return [RoundId(RunId(row.run_id), row.number) for row in rows]
 
     def chain_head(self, signer: str) -> tuple[int, Digest] | None:
         """The last leaf of a signer: its seq and hash."""

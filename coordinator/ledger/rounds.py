@@ -111,7 +111,15 @@ class Rounds(Statements):
 
     # -- runs --------------------------------------------------------------------------------
 
-    def add_run(self, plan: Plan, snapshot: bytes, now: datetime, *, by: str = "") -> RunRow:
+    def add_run(
+        self,
+        plan: Plan,
+        snapshot: bytes,
+        now: datetime,
+        *,
+        by: str = "",
+        request: bytes | None = None,
+    ) -> RunRow:
         """Begin a run. The same plan and snapshot again are no error.
 
         Args:
@@ -119,6 +127,7 @@ class Rounds(Statements):
             snapshot: canonical JSON of the initial model.
             now: UTC.
             by: the operator, for history.
+            request: what the operator signed, JSON.
 
         Raises:
             ExistsError: another plan or snapshot was submitted under this name.
@@ -130,6 +139,7 @@ class Rounds(Statements):
             plan=data,
             plan_digest=plan.digest,
             snapshot=snapshot,
+            request=request,
             status="active",
             why="submitted",
             submitted_at=to_ms(now),
@@ -445,6 +455,7 @@ def _run(row: Any) -> RunRow:
         plan_bytes=bytes(row.plan),
         plan_digest=Digest(row.plan_digest),
         snapshot=bytes(row.snapshot),
+        request=None if row.request is None else bytes(row.request),
         status=row.status,
         why=row.why,
         submitted_at=from_ms(row.submitted_at),

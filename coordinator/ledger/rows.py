@@ -61,6 +61,7 @@ class RunRow:
     plan_bytes: bytes = field(repr=False)
     plan_digest: Digest
     snapshot: bytes = field(repr=False)  # canonical JSON: the initial model
+    request: bytes | None = field(repr=False)  # JSON: what the operator signed; None: nothing
     status: RunStatus
     why: str
     submitted_at: datetime  # UTC

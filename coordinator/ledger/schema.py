@@ -95,6 +95,11 @@ runs = Table(
     Column("plan", LargeBinary, nullable=False, comment="canonical JSON"),
     Column("plan_digest", Text, nullable=False, comment="hex"),
     Column("snapshot", LargeBinary, nullable=False, comment="canonical JSON: the initial model"),
+    Column(
+        "request",
+        LargeBinary,
+        comment="JSON: the operator's signed request; NULL: it was not signed",
+    ),
     Column("status", Text, nullable=False, comment="active | done | stopped | failed"),
     Column("why", Text, nullable=False, comment="one sentence on the status"),
     Column("submitted_at", BigInteger, nullable=False, comment="Unix ms UTC"),

@@ -31,9 +31,12 @@ def nothing_seen() -> Seen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnLeaf:
-    """What the coordinator says; signed when its place is known."""
+    """What the coordinator says; signed when its place is known.
 
-    said: Predicate
+    ``said`` may be made from the log as it then is; None: nothing is to be said.
+    """
+
+    said: Predicate | Callable[[Replay], Predicate | None]
     subject: str
     digest: Digest
     now: datetime  # UTC
@@ -55,6 +58,7 @@ class Sequencer:
     """
 
     key: Ed25519PrivateKey = field(repr=False)
+    origin: str = ""  # of the log
     seen: Callable[[], Seen] = nothing_seen  # the last checkpoint that witnesses cosigned
     _replay: Replay = field(default_factory=Replay)  # committed for sure
     _tried: Replay = field(default_factory=Replay)  # committed, if the transaction was
@@ -108,7 +112,13 @@ class Sequencer:
         """
         trial, placed = state.copy(), []
         for leaf in leaves:
-            entry = self._sign(trial, leaf).entry if isinstance(leaf, OwnLeaf) else leaf
+            if isinstance(leaf, OwnLeaf):
+                said = leaf.said if isinstance(leaf.said, Predicate) else leaf.said(trial)
+                if said is None:
+                    continue
+                entry = self._sign(trial, leaf, said).entry
+            else:
+                entry = leaf
             taken = trial.take(entry)
             placed.append(Placed(taken=taken, root=trial.root))
         if placed:
@@ -116,16 +126,16 @@ class Sequencer:
                 self._tried, self._last = trial, placed[-1].taken.leaf.hash
         return placed
 
-    def _sign(self, state: Replay, leaf: OwnLeaf) -> Leaf:
+    def _sign(self, state: Replay, leaf: OwnLeaf, said: Predicate) -> Leaf:
         head = state.chains.get(self.signer)
         statement = Statement(
-            kind=leaf.said.KIND,
+            kind=said.KIND,
             subject=leaf.subject,
             digest=leaf.digest,
             seq=head.seq + 1 if head else 1,
             prev=head.leaf if head else FIRST_PREV,
             seen=self.seen(),
             time=leaf.now.replace(microsecond=0),
-            fields=leaf.said.to_fields(),
+            fields=said.to_fields(),
         )
         return sign_leaf(statement, self.key)

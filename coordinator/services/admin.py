@@ -21,12 +21,19 @@ from coordinator.ca import CertificateAuthority
 from coordinator.clock import Clock
 from coordinator.ledger import HistoryRow, Ledger, RoundRow, Tx
 from coordinator.ledger.privacy import SpendRow
+from coordinator.log_hub import LogHub, describe_waiting
 from coordinator.privacy import Cap, spend_facts
 from coordinator.rounds import advance, why_now
 from coordinator.services.caller import Callers
 from coordinator.services.facts import full_facts, history_entry, node_facts, run_facts
 from coordinator.services.progress import read_progress
-from coordinator.services.submission import check_roster, check_submission, check_terms
+from coordinator.services.submission import (
+    check_request,
+    check_roster,
+    check_submission,
+    check_terms,
+    read_request,
+)
 from coordinator.trust_repository import TrustRepository
 from policies.privacy.claim import Claim
 from protocols.enrolment import SECRET_BYTES, Invitation
@@ -60,6 +67,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         trust: TrustRepository | None = None,
         caps: Sequence[Cap] = (),
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+        hub: LogHub | None = None,
     ) -> None:
         self._callers = callers
         self._ledger = ledger
@@ -69,6 +77,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._caps = caps
         self._random_bytes = random_bytes
         self._trust = trust
+        self._hub = hub
 
     # -- members -----------------------------------------------------------------------------
 
@@ -123,13 +132,15 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             check_submission, plan, snapshot, self._blobs, self._authority.federation
         )
         await asyncio.to_thread(self._blobs.put_bytes, request.snapshot)  # for auditors
+        signed = read_request(request.request, request.request_signature)
         now = self._clock.now()
         state = self._trust.state() if self._trust is not None else None
         if state is not None:
             rows = await self._ledger.read("nodes", Tx.nodes)
             check_terms(plan, request.plan, state, {row.node: row for row in rows}, now)
         return await self._ledger.run(
-            "submit_run", lambda tx: submit(tx, plan, request.snapshot, operator.name, now, claim)
+            "submit_run",
+            lambda tx: submit(tx, plan, request.snapshot, operator.name, now, claim, signed),
         )
 
     async def ListRuns(
@@ -195,9 +206,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             return row, [report for report in mine if read_round(report.round) == round_id]
 
         row, progress = await self._ledger.read("why", look)
+        waits = describe_waiting(self._hub)
+        why = why_now(row, now)
         return admin_pb2.WhyResponse(
             phase=phase_to_view(row.phase),
-            why=why_now(row, now),
+            why=f"{why}; {waits}" if waits and not row.final else why,
             waiting_for=waiting_for(row.phase),
             progress=progress,
         )
@@ -220,8 +233,12 @@ def submit(
     operator: str,
     now: datetime,
     claim: Claim | None = None,
+    signed: tuple[bytes, bytes] | None = None,
 ) -> admin_pb2.RunFacts:
     """Record a run that was checked.
+
+    Args:
+        signed: the operator's request and signature; needed where there is a round log.
 
     Raises:
         ExistsError: another plan or snapshot has this name.
@@ -229,7 +246,8 @@ def submit(
     """
     if tx.find_run(plan.run_id) is None:
         check_roster(plan, {row.node: row for row in tx.nodes()})
-    row = tx.add_run(plan, snapshot, now, by=operator)
+    request = check_request(tx, plan, signed, operator)
+    row = tx.add_run(plan, snapshot, now, by=operator, request=request)
     if claim is not None:
         tx.add_claim(plan.run_id, claim)
     return run_facts(row)

@@ -19,6 +19,7 @@ import grpc
 from coordinator.blobs import Blobs
 from coordinator.clock import Clock
 from coordinator.layouts import Layouts
+from coordinator.leaves import log_late, take_leaf
 from coordinator.ledger import Ledger, Tx
 from coordinator.rounds import advance
 from coordinator.secure_sum import check_uploaded
@@ -38,6 +39,7 @@ from protocols.plan import Plan
 from protocols.round_vector import round_ring
 from protocols.rounds import Phase, UploadArrived, Uploading
 from protocols.tensors.units import digest_of_units, unit_count
+from protocols.tlog.kinds import UpdateCommit
 from protocols.upload import UploadHeader, check_unit_hashes, verify_header
 from protocols.wire import read_bytes, read_digest_bytes
 
@@ -177,10 +179,12 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
         durable = await self._spool.durable(arriving)
         now = self._clock.now()
 
-        def finish(tx: Tx) -> None:
+        def finish(tx: Tx) -> bytes:
             row = tx.upload_by_id(header.upload_id)
-            if row is None or row.receipt is not None:
-                return  # an answer was lost; the receipt is the same
+            if row is None:
+                raise NotFoundError("there is no such upload of yours; announce it first")
+            if row.receipt is not None:
+                return row.receipt  # an answer was lost; the receipt is the same
             if durable != header.size:
                 raise NotReadyError(
                     f"{durable} of {header.size} bytes arrived; send the rest first",
@@ -188,6 +192,17 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
                 )
             if tx.run(header.run).plan.secagg is not None:
                 check_uploaded(tx, header.round_id, node, header.attempt, header.root, header.size)
+            leaf = take_leaf(
+                tx,
+                request.leaf,
+                node=node,
+                round_id=header.round_id,
+                kind=UpdateCommit,
+                attempt=header.attempt,
+                upload_root=header.root,
+                bytes=header.size,
+            )
+            receipt = header.receipt if leaf is None else bytes.fromhex(leaf)
             advance(
                 tx,
                 header.round_id,
@@ -196,10 +211,16 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
                 transaction="accept_upload",
                 node=node,
             )
-            tx.finish_upload(header.upload_id, header.receipt, now)
+            tx.finish_upload(header.upload_id, receipt, now)
+            return receipt
 
-        await self._ledger.run("accept_upload", finish)
-        return bulk_pb2.Receipt(receipt=header.receipt)
+        try:
+            receipt = await self._ledger.run("accept_upload", finish)
+        except WrongPhaseError:
+            if request.leaf and self._ledger.logs:
+                await log_late(self._ledger, node, request.leaf)
+            raise
+        return bulk_pb2.Receipt(receipt=receipt)
 
     async def append(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
         """Raw: the bytes of an upload from an offset on. Answers the durable offset."""

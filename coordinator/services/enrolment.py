@@ -17,9 +17,11 @@ from cryptography.hazmat.primitives import serialization
 
 from coordinator.ca import CertificateAuthority
 from coordinator.clock import Clock
+from coordinator.leaves import say_certificate
 from coordinator.ledger import Ledger, Tx
 from coordinator.services.caller import Callers
 from coordinator.trust_repository import TrustRepository
+from policies.audit.replay import peek
 from protocols.canonical import hash_fields
 from protocols.crypto.identity import Identity, read_csr, spiffe_uri, spki_digest
 from protocols.crypto.signatures import Context, verify
@@ -29,8 +31,9 @@ from protocols.gen import enrolment_pb2, enrolment_pb2_grpc
 from protocols.governance.approval import check_approval, check_request
 from protocols.governance.documents import member_refusal
 from protocols.governance.errors import TrustRefusedError
-from protocols.identifiers import FederationId, NodeId, parse_node_id
+from protocols.identifiers import Digest, FederationId, NodeId, parse_node_id
 from protocols.rounds_codec import to_ms
+from protocols.tlog.kinds import EnrolRequest
 from protocols.wire import read_bytes
 
 MAX_APPROVAL_AGE_S: Final = 72 * 3600.0
@@ -82,14 +85,19 @@ class _Issuer:
         clock: Clock,
         hours: int,
         trust: TrustRepository | None = None,
+        log_vkey: str = "",
     ) -> None:
         self._authority = authority
         self._ledger = ledger
         self._clock = clock
         self._lifetime = timedelta(hours=hours)
         self._trust = trust
+        self._log_vkey = log_vkey
 
-    def _issue(self, tx: Tx, csr: x509.CertificateSigningRequest, node: NodeId) -> bytes:
+    def _issue(
+        self, tx: Tx, csr: x509.CertificateSigningRequest, node: NodeId, leaf: bytes
+    ) -> bytes:
+        request = self._requested(tx, csr, node, leaf)
         public_key = csr.public_key()
         certificate = self._authority.issue(
             public_key,  # type: ignore[arg-type]  # read_csr made sure of the kind
@@ -106,7 +114,31 @@ class _Issuer:
             not_after=certificate.not_valid_after_utc,
             der=der,
         )
+        if tx.logs:
+            say_certificate(tx, certificate, self._authority.federation, request)
         return der
+
+    def _requested(
+        self, tx: Tx, csr: x509.CertificateSigningRequest, node: NodeId, leaf: bytes
+    ) -> Digest | None:
+        """Log what the node asks for; the leaf's hash, None without a log."""
+        if not tx.logs:
+            return None
+        if not leaf:
+            raise NotPermittedError(
+                "this federation keeps a round log: the request is to be signed"
+            )
+        found = peek(leaf)
+        said = found[1] if found else None
+        if not isinstance(said, EnrolRequest) or (said.node, said.spki_sha256) != (
+            node,
+            spki_digest(csr),
+        ):
+            raise NotPermittedError("the signed request is for another node or key")
+        row = tx.node(node)
+        if row is None or row.signing_key.hex() != said.signing_key:
+            raise NotPermittedError("the signed request names another signing key")
+        return tx.append_leaf(leaf)
 
     def _response(self, der: bytes) -> enrolment_pb2.EnrolResponse:
         until = x509.load_der_x509_certificate(der).not_valid_after_utc
@@ -117,6 +149,7 @@ class _Issuer:
             issuer_der=[root],
             not_after_ms=to_ms(until),
             trust_root=(self._trust.first_root() if self._trust is not None else None) or b"",
+            log_vkey=self._log_vkey,
         )
 
     def _approved(self, node: NodeId, request: enrolment_pb2.EnrolRequest) -> bytes | None:
@@ -187,7 +220,7 @@ class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):
                 if row.signing_key != signing_key:
                     raise TokenRefusedError("another signing key needs an invitation")
                 tx.add_node(node, signing_key, now, approval)
-                return self._issue(tx, csr, node)
+                return self._issue(tx, csr, node, request.leaf)
             before = tx.token_use(token_hash)
             if before is None:
                 institution = tx.use_token(token_hash, now, request_hash)
@@ -196,7 +229,7 @@ class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):
                 tx.add_node(node, signing_key, now, approval)
             elif before != request_hash:
                 raise TokenRefusedError("the token was used before")
-            return self._issue(tx, csr, node)
+            return self._issue(tx, csr, node, request.leaf)
 
         return self._response(await self._ledger.run("enrol", enrol))
 
@@ -221,6 +254,6 @@ class RenewalService(_Issuer, enrolment_pb2_grpc.RenewalServicer):
             known = tx.certificate(key)
             if known is not None and known.subject_name != node:
                 raise NotPermittedError("the key of the request belongs to somebody else")
-            return self._issue(tx, csr, node)
+            return self._issue(tx, csr, node, request.leaf)
 
         return self._response(await self._ledger.run("renew", renew))

@@ -7,7 +7,7 @@ the error interceptor alone makes them statuses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, TypeAlias
@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 import grpc
 
 from coordinator.clock import Clock
+from coordinator.leaves import joined_by_log, log_late, say_closed, take_leaf
 from coordinator.ledger import Ledger, RoundRow, RunRow, Tx
 from coordinator.privacy import Cap, reserve
 from coordinator.rounds import advance, why_now
@@ -41,6 +42,13 @@ from protocols.rounds import (
     Step,
 )
 from protocols.rounds_codec import to_ms
+from protocols.tlog.kinds import (
+    Predicate,
+    RoundConfirm,
+    RoundDecline,
+    RoundJoin,
+    RoundObjection,
+)
 from protocols.wire import phase_to_view, read_digest, read_round, read_text
 
 MAX_WAIT_MS: Final = 30_000
@@ -93,7 +101,9 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
         node = await self._callers.node(context)
         round_id = read_round(request.round)
         terms = Terms(plan=read_digest(request.plan_digest), model=read_digest(request.model_root))
-        return await self._happened("join", round_id, JoinArrived(node), terms=terms)
+        says = {"model_in": request.model_root}
+        signed = Act(RoundJoin, request.leaf, says)
+        return await self._happened("join", round_id, JoinArrived(node), terms=terms, signed=signed)
 
     async def Decline(
         self, request: rounds_pb2.DeclineRequest, context: Context
@@ -102,7 +112,10 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
         node = await self._callers.node(context)
         round_id = read_round(request.round)
         note = _because(node, "declined", request.rule, request.reason)
-        return await self._happened("decline", round_id, DeclineArrived(node), note=note)
+        signed = Act(RoundDecline, request.leaf, {})
+        return await self._happened(
+            "decline", round_id, DeclineArrived(node), note=note, signed=signed
+        )
 
     async def Ready(
         self, request: rounds_pb2.ReadyRequest, context: Context
@@ -130,7 +143,7 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
         verdict = read_verdict(request)
         round_id, now = read_round(request.round), self._clock.now()
         row, why = await self._ledger.run(
-            "confirm", lambda tx: confirm(tx, round_id, node, verdict, now)
+            "confirm", lambda tx: confirm(tx, round_id, node, verdict, now, leaf=request.leaf)
         )
         return rounds_pb2.RoundReply(phase=phase_to_view(row.phase), why=why)
 
@@ -142,14 +155,28 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
         *,
         terms: Terms | None = None,
         note: str = "",
+        signed: Act | None = None,
     ) -> rounds_pb2.RoundReply:
         now = self._clock.now()
-        answer = await self._ledger.run(
-            transaction,
-            lambda tx: take(
-                tx, transaction, round_id, event, now, terms=terms, note=note, caps=self._caps
-            ),
-        )
+        try:
+            answer = await self._ledger.run(
+                transaction,
+                lambda tx: take(
+                    tx,
+                    transaction,
+                    round_id,
+                    event,
+                    now,
+                    terms=terms,
+                    note=note,
+                    caps=self._caps,
+                    signed=signed,
+                ),
+            )
+        except WrongPhaseError:
+            if signed is not None and signed.leaf and self._ledger.logs:
+                await log_late(self._ledger, event.node, signed.leaf)
+            raise
         return rounds_pb2.RoundReply(phase=phase_to_view(answer.phase), why=answer.why)
 
 
@@ -169,6 +196,15 @@ class Terms:
     model: Digest
 
 
+@dataclass(frozen=True, slots=True)
+class Act:
+    """What a node signed about its message."""
+
+    kind: type[Predicate]
+    leaf: bytes  # empty: nothing
+    says: Mapping[str, object]
+
+
 def take(
     tx: Tx,
     transaction: str,
@@ -179,6 +215,7 @@ def take(
     terms: Terms | None = None,
     note: str = "",
     caps: Sequence[Cap] = (),
+    signed: Act | None = None,
 ) -> Step:
     """Take one message of a node: check who and under which terms, decide, record.
 
@@ -203,6 +240,15 @@ def take(
         )
     if terms is not None:
         check_terms(run, row, event.node, terms)
+    if signed is not None:
+        take_leaf(
+            tx,
+            signed.leaf,
+            node=event.node,
+            round_id=round_id,
+            kind=signed.kind,
+            **signed.says,
+        )
     answer = advance(
         tx, round_id, event, now, transaction=transaction, node=event.node, note=note, row=row
     )
@@ -259,7 +305,7 @@ def read_verdict(request: rounds_pb2.ConfirmRequest) -> Verdict:
 
 
 def confirm(
-    tx: Tx, round_id: RoundId, node: NodeId, verdict: Verdict, now: datetime
+    tx: Tx, round_id: RoundId, node: NodeId, verdict: Verdict, now: datetime, *, leaf: bytes = b""
 ) -> tuple[RoundRow, str]:
     """Keep a node's verdict on a released sum, as evidence; a disagreement is shown to everybody.
 
@@ -271,7 +317,8 @@ def confirm(
         EquivocationError: the node said something else before.
     """
     row = tx.lock_round(round_id)
-    _check_member(tx, tx.run(round_id.run), node)
+    run = tx.run(round_id.run)
+    _check_member(tx, run, node)
     opened = row.phase.opened if isinstance(row.phase, Released) else None
     if opened is None:
         name = type(row.phase).__name__
@@ -285,6 +332,10 @@ def confirm(
         said = f"{said}; {detail}" if detail else said
     else:
         said = f"{node} computed the same model"
+    if tx.logs and node in joined_by_log(tx, round_id):  # others may say it, and sign nothing
+        kind = RoundObjection if objection else RoundConfirm
+        take_leaf(tx, leaf, node=node, round_id=round_id, kind=kind)
+        say_closed(tx, run.plan, round_id, now)
     if tx.confirm(round_id, node, verdict.model_root, objection, detail, now=now):
         tx.note(said, now=now, round_=round_id, phase="Released", node=node)
         return row, said

@@ -11,9 +11,11 @@ from datetime import datetime
 from typing import Final
 
 from coordinator.blobs import Blobs
-from coordinator.ledger import NodeRow
+from coordinator.ledger import NodeRow, Tx
 from policies.privacy.claim import Claim, claim_of
 from policies.privacy.terms import noise_terms
+from protocols.canonical import canonical_bytes, sha256_hex
+from protocols.crypto.signatures import BadSignatureError, Context, verify
 from protocols.errors import MalformedMessageError, NotFoundError, PlanRefusedError
 from protocols.governance.approval import check_approval
 from protocols.governance.documents import member_refusal, run_refusal
@@ -26,6 +28,9 @@ from protocols.round_vector import round_layout
 from protocols.tensors.manifest import Manifest
 from protocols.tensors.scales import Scales
 from protocols.tensors.snapshot import Snapshot
+from protocols.tlog.kinds import RunRequest, SignedRequest
+from protocols.tlog.text import encode_base64
+from protocols.wire import read_bytes
 
 _MAX_MANIFEST: Final = 64 * 2**20  # bytes
 
@@ -159,3 +164,48 @@ def check_terms(
                 f"the plan names another signing key for {node} than its institution approved",
                 rule="trust.key",
             )
+
+
+def read_request(body: bytes, signature: bytes) -> tuple[bytes, bytes] | None:
+    """The operator's request as it came; None: none did.
+
+    Raises:
+        MalformedMessageError: it is no request.
+    """
+    if not body and not signature:
+        return None
+    RunRequest.from_bytes(body)
+    return body, read_bytes(signature, what="a signature", size=64)
+
+
+def check_request(
+    tx: Tx, plan: Plan, signed: tuple[bytes, bytes] | None, operator: str
+) -> bytes | None:
+    """Check that the operator signed for this plan; what is kept of it, JSON.
+
+    Raises:
+        PlanRefusedError: the log names a key for this operator, and it did not sign this.
+    """
+    genesis = tx.log_state().genesis if tx.logs else None
+    if genesis is None or not genesis.operator_keys:
+        return None
+    key = genesis.operator_keys.get(operator)
+    if key is None:
+        raise PlanRefusedError(f"the log names no key of operator {operator}", rule="log.request")
+    if signed is None:
+        raise PlanRefusedError("the operator must sign for the run", rule="log.request")
+    body, signature = signed
+    try:
+        verify(bytes.fromhex(key), Context.RUN_REQUEST, body, signature)
+    except BadSignatureError as error:
+        raise PlanRefusedError(str(error), rule="log.request") from None
+    asked = RunRequest.from_bytes(body)
+    if (asked.federation, asked.run, asked.plan_sha256, asked.model_root) != (
+        plan.federation,
+        plan.run,
+        sha256_hex(plan.to_bytes()),
+        plan.model.initial,
+    ):
+        raise PlanRefusedError("the signed request is for another run", rule="log.request")
+    kept = SignedRequest(body=body.decode(), key=key, signature=encode_base64(signature))
+    return canonical_bytes(kept.model_dump(mode="json"))

@@ -210,7 +210,7 @@ class Replay:
         log key vouches for it, and a node's first request, which proves possession only.
         """
         if self.size == 0:
-            said = _peek(entry)
+            said = _said(entry)
             if not isinstance(said, Genesis):
                 raise LeafRefusedError("log.genesis", "the first leaf is not log.genesis")
             key = bytes.fromhex(said.coordinator_key)
@@ -220,7 +220,7 @@ class Replay:
             leaf = open_leaf(entry, self.keys())
             return leaf, self.holders[leaf.signer]
         except BadSignatureError:
-            said = _peek(entry)
+            said = _said(entry)
             if not isinstance(said, EnrolRequest) or said.institution != said.node:
                 raise
             key = bytes.fromhex(said.signing_key)
@@ -356,12 +356,21 @@ class Replay:
             raise LeafRefusedError("log.request", f"run {said.run}: the request is for another")
 
 
-def _peek(entry: bytes) -> Predicate | None:
-    """What an entry says, unverified: only to find the key that it must be verified with."""
+def _said(entry: bytes) -> Predicate | None:
+    found = peek(entry)
+    return None if found is None else found[1]
+
+
+def peek(entry: bytes) -> tuple[Statement, Predicate] | None:
+    """What an entry says, unverified; None: nothing that could be read.
+
+    Only to find the key that it must be verified with, or to compare it before it is.
+    """
     try:
         top = parse_canonical(entry, limit=MAX_LEAF)
         payload = decode_base64(top["payload"], "the payload")
-        return predicate_of(Statement.parse(payload))
+        statement = Statement.parse(payload)
+        return statement, predicate_of(statement)
     except (MalformedMessageError, KeyError, TypeError, AttributeError):
         return None
 

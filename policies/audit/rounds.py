@@ -345,7 +345,7 @@ def _aborted(state: RoundState, said: RoundAborted) -> RoundState:
     last = state.attempt
     _need(state.ended is None, "log.second_end", "the round ended before")
     if said.attempt == 0:
-        _need(last is None, "log.phase", "an attempt began: which one ended?")
+        _need(last is None or last.over, "log.phase", "an attempt began: which one ended?")
         return replace(state, ended=said)
     attempt = _current(state, said.attempt, "an end")
     _need(attempt is last and not attempt.over, "log.second_end", "that attempt ended before")

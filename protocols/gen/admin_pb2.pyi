@@ -56,12 +56,16 @@ class ListNodesResponse(_message.Message):
     def __init__(self, nodes: _Optional[_Iterable[_Union[NodeFacts, _Mapping]]] = ...) -> None: ...
 
 class SubmitRunRequest(_message.Message):
-    __slots__ = ("plan", "snapshot")
+    __slots__ = ("plan", "snapshot", "request", "request_signature")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     plan: bytes
     snapshot: bytes
-    def __init__(self, plan: _Optional[bytes] = ..., snapshot: _Optional[bytes] = ...) -> None: ...
+    request: bytes
+    request_signature: bytes
+    def __init__(self, plan: _Optional[bytes] = ..., snapshot: _Optional[bytes] = ..., request: _Optional[bytes] = ..., request_signature: _Optional[bytes] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ()

@@ -29,10 +29,12 @@ class UploadState(_message.Message):
     def __init__(self, upload_id: _Optional[bytes] = ..., durable: _Optional[int] = ..., total: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...
 
 class FinishUploadRequest(_message.Message):
-    __slots__ = ("upload_id",)
+    __slots__ = ("upload_id", "leaf")
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    LEAF_FIELD_NUMBER: _ClassVar[int]
     upload_id: bytes
-    def __init__(self, upload_id: _Optional[bytes] = ...) -> None: ...
+    leaf: bytes
+    def __init__(self, upload_id: _Optional[bytes] = ..., leaf: _Optional[bytes] = ...) -> None: ...
 
 class Receipt(_message.Message):
     __slots__ = ("receipt",)

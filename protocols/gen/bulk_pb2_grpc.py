@@ -85,7 +85,8 @@ class BulkServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FinishUpload(self, request, context):
-        """Hand in a complete upload; the receipt is the hash of its header.
+        """Hand in a complete upload; the receipt is the hash of its leaf, or,
+        where there is no log, of its header.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -147,24 +147,28 @@ class GetPlanResponse(_message.Message):
     def __init__(self, plan: _Optional[bytes] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("round", "plan_digest", "model_root")
+    __slots__ = ("round", "plan_digest", "model_root", "leaf")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_ROOT_FIELD_NUMBER: _ClassVar[int]
+    LEAF_FIELD_NUMBER: _ClassVar[int]
     round: RoundRef
     plan_digest: str
     model_root: str
-    def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., plan_digest: _Optional[str] = ..., model_root: _Optional[str] = ...) -> None: ...
+    leaf: bytes
+    def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., plan_digest: _Optional[str] = ..., model_root: _Optional[str] = ..., leaf: _Optional[bytes] = ...) -> None: ...
 
 class DeclineRequest(_message.Message):
-    __slots__ = ("round", "rule", "reason")
+    __slots__ = ("round", "rule", "reason", "leaf")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LEAF_FIELD_NUMBER: _ClassVar[int]
     round: RoundRef
     rule: str
     reason: str
-    def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., rule: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    leaf: bytes
+    def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., rule: _Optional[str] = ..., reason: _Optional[str] = ..., leaf: _Optional[bytes] = ...) -> None: ...
 
 class ReadyRequest(_message.Message):
     __slots__ = ("round", "model_root")
@@ -185,16 +189,18 @@ class LeaveRequest(_message.Message):
     def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ConfirmRequest(_message.Message):
-    __slots__ = ("round", "model_root", "objection", "detail")
+    __slots__ = ("round", "model_root", "objection", "detail", "leaf")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     MODEL_ROOT_FIELD_NUMBER: _ClassVar[int]
     OBJECTION_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    LEAF_FIELD_NUMBER: _ClassVar[int]
     round: RoundRef
     model_root: str
     objection: str
     detail: str
-    def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., model_root: _Optional[str] = ..., objection: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+    leaf: bytes
+    def __init__(self, round: _Optional[_Union[RoundRef, _Mapping]] = ..., model_root: _Optional[str] = ..., objection: _Optional[str] = ..., detail: _Optional[str] = ..., leaf: _Optional[bytes] = ...) -> None: ...
 
 class RoundReply(_message.Message):
     __slots__ = ("phase", "why")

@@ -123,6 +123,7 @@ class Door:
             ledger="sqlite:///ledger.sqlite",
             operator="cenia",
             governed=governed,
+            log=False,
         )
         self.config = load_config(folder / "coordinator" / "config.toml")
         self.authority = CertificateAuthority.load(self.config.federation, self.config.keys)

@@ -61,6 +61,7 @@ class World:
 
     nodes: tuple[str, ...] = NODES
     secure: bool = True
+    witnesses: bool = True
     entries: list[bytes] = field(default_factory=list)
     heads: dict[str, ChainHead] = field(default_factory=dict)
     hashes: list[str] = field(default_factory=list)
@@ -122,7 +123,7 @@ class World:
             institution=node,
             node=node,
             signing_key=key_hex(node),
-            witness_vkey=witness_signer(node).verifier.to_text(),
+            witness_vkey=witness_signer(node).verifier.to_text() if self.witnesses else None,
             csr_sha256=D["a"],
             spki_sha256=sha256_hex(node.encode()),
         )

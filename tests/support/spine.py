@@ -87,6 +87,9 @@ class FakeCallers:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
+    def member(self, node: NodeId) -> None:
+        """Nobody has signed a membership here."""
+
     async def node(self, context: FakeContext) -> NodeId:
         if context.identity.role != "node":
             raise NotPermittedError("for nodes")
