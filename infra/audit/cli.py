@@ -35,6 +35,10 @@ RootOption = Annotated[
     Path | None,
     typer.Option("--root", metavar="FILE", help="The first root.json of the signed policy."),
 ]
+TrustOption = Annotated[
+    Path | None,
+    typer.Option("--tuf", metavar="DIR", help="The trust repository; default: ../tuf."),
+]
 BlobsOption = Annotated[
     Path | None,
     typer.Option("--blobs", metavar="DIR", help="Sums, transcripts, models; default: ../blobs."),
@@ -76,11 +80,18 @@ def _load(
     blobs: Path | None = None,
     uploads: Path | None = None,
     seen: Path | None = None,
+    trust: Path | None = None,
 ) -> Loaded:
     from infra.audit.loading import Places, load
 
     places: Places = Places(
-        log=log, trust_policy=trust_policy, root=root, blobs=blobs, uploads=uploads, seen=seen
+        log=log,
+        trust_policy=trust_policy,
+        root=root,
+        blobs=blobs,
+        uploads=uploads,
+        seen=seen,
+        trust=trust,
     )
     return load(places)
 
@@ -93,6 +104,10 @@ def mirror(
     blobs: Annotated[
         bool, typer.Option("--blobs", help="Copy the documents too that leaves name.")
     ] = False,
+    tuf: Annotated[
+        str | None,
+        typer.Option("--tuf", metavar="URL", help="Copy what admins signed from there."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Copy a log, or bring a copy up to date. Interrupted copies go on where they were.
@@ -100,12 +115,14 @@ def mirror(
     What is there must extend what was copied before; if it does not, the copy stays as it is and
     the other checkpoint is kept under refused/.
     """
-    from infra.audit.mirror import Source, mirror_documents
+    from infra.audit.mirror import Source, mirror_documents, mirror_trust
     from infra.audit.mirror import mirror as copy
 
     source = Source(url)
     done = copy(source, log, trust_policy=trust_policy, say=_say)
     documents = mirror_documents(source, log) if blobs else None
+    if tuf is not None:
+        documents = (documents or 0) + mirror_trust(Source(tuf), log)
     if as_json:
         _print(done.to_json() | ({"documents": documents} if documents is not None else {}))
         return
@@ -122,6 +139,7 @@ def verify(
     log: LogArgument,
     trust_policy: PolicyOption = None,
     root: RootOption = None,
+    tuf: TrustOption = None,
     blobs: BlobsOption = None,
     seen: SeenOption = None,
     strict: Annotated[
@@ -134,7 +152,7 @@ def verify(
     Ends with 5 and the first bad leaf where the log does not hold; with --strict, with 4 where
     something could not be checked.
     """
-    found = _load(log, trust_policy, root, blobs, seen=seen).audit
+    found = _load(log, trust_policy, root, blobs, seen=seen, trust=tuf).audit
     if as_json:
         _print(found.to_json())
     else:
@@ -240,6 +258,7 @@ def report(
     ] = "es",
     trust_policy: PolicyOption = None,
     root: RootOption = None,
+    tuf: TrustOption = None,
     blobs: BlobsOption = None,
     uploads: UploadsOption = None,
     remake: Annotated[
@@ -253,7 +272,7 @@ def report(
     """
     from infra.audit.report import write_report
 
-    loaded = _load(log, trust_policy, root, blobs, uploads)
+    loaded = _load(log, trust_policy, root, blobs, uploads, trust=tuf)
     write_report(loaded, out, lang=lang, recompute=remake)
     typer.echo(f"written to {out}")
     _end(loaded.audit, strict=False)

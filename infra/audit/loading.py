@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from infra.audit.blobs import BlobFolder
 from infra.audit.folder import POLICY, read_bounded, read_log, read_trust_policy
 from policies.audit.verify import Audit, audit
-from protocols.canonical import sha256_hex
+from protocols.canonical import parse_canonical, sha256_hex
 from protocols.errors import (
     ConfigurationError,
     IntegrityError,
@@ -19,13 +19,17 @@ from protocols.errors import (
 )
 from protocols.identifiers import Digest, parse_digest
 from protocols.tlog.cosignature import open_checkpoint
+from protocols.tlog.kinds import Genesis, predicate_of
+from protocols.tlog.leaf import Statement
 from protocols.tlog.note import MAX_NOTE
+from protocols.tlog.text import decode_base64
 from protocols.tlog.trust_policy import TrustPolicy
 
 if TYPE_CHECKING:
     from policies.audit.tree import LogFiles
 
 MAX_DOCUMENT: Final = 64 * 2**20  # bytes
+MAX_FILES: Final = 100_000  # of a trust repository
 
 
 class AuditFailedError(IntegrityError):
@@ -41,7 +45,8 @@ class Places:
 
     log: Path
     trust_policy: Path | None = None  # None: the one beside the log, which anchors nothing
-    root: Path | None = None  # root.1.json from a safe place
+    root: Path | None = None  # 1.root.json from a safe place; None: the one in the repository
+    trust: Path | None = None  # the trust repository
     blobs: Path | None = None
     uploads: Path | None = None
     seen: Path | None = None  # a checkpoint that the auditor has from elsewhere
@@ -67,6 +72,14 @@ class Places:
         return BlobFolder(found) if found.is_dir() else None
 
     @property
+    def trust_folder(self) -> Path | None:
+        """The signed policy's repository, where it is at hand."""
+        found = self.trust or self.log.parent / "tuf"
+        if self.trust is not None and not found.is_dir():
+            raise ConfigurationError(f"{found} is no trust repository")
+        return found if found.is_dir() else None
+
+    @property
     def upload_folder(self) -> Path | None:
         """Masked vectors, where they are at hand."""
         found = self.uploads or self.log.parent / "coordinator" / "spool"
@@ -85,13 +98,36 @@ class Loaded:
     audit: Audit
 
 
-def document(log: Path, digest: Digest) -> bytes | None:
-    """A document beside the log, by its SHA-256; None where it is not here or is another one."""
-    try:
-        data = read_bounded(log / "blobs" / "sha256" / parse_digest(digest), MAX_DOCUMENT)
-    except (NotFoundError, MalformedMessageError):
+class DocumentFolder:
+    """Documents by SHA-256: beside the log, and the files of the trust repository."""
+
+    def __init__(self, log: Path, trust: Path | None) -> None:
+        self._folder = log / "blobs" / "sha256"
+        self._trust = trust
+        self._index: dict[str, Path] | None = None
+
+    def get(self, digest: Digest) -> bytes | None:
+        """A document; None where it is not here or is another one."""
+        for path in (self._folder / parse_digest(digest), self._published().get(digest)):
+            try:
+                data = read_bounded(path, MAX_DOCUMENT) if path is not None else b""
+            except (NotFoundError, MalformedMessageError):
+                continue
+            if path is not None and sha256_hex(data) == digest:
+                return data
         return None
-    return data if sha256_hex(data) == digest else None
+
+    def _published(self) -> dict[str, Path]:
+        """Files of the trust repository by SHA-256; hashed once, and again when they are read."""
+        if self._index is None:
+            self._index = {}
+            files = sorted(self._trust.rglob("*")) if self._trust is not None else []
+            for path in files[:MAX_FILES]:
+                try:
+                    self._index[sha256_hex(read_bounded(path, MAX_DOCUMENT))] = path
+                except (NotFoundError, MalformedMessageError):
+                    continue
+        return self._index
 
 
 def load(places: Places, *, now: int | None = None) -> Loaded:
@@ -106,7 +142,7 @@ def load(places: Places, *, now: int | None = None) -> Loaded:
     policy = read_trust_policy(places.policy_file)
     if places.seen is not None:
         files = _with_seen(files, read_bounded(places.seen, MAX_NOTE), policy, now)
-    blobs = places.blob_folder
+    blobs, documents = places.blob_folder, DocumentFolder(places.log, places.trust_folder)
 
     def blob(digest: Digest) -> bytes | None:
         found = blobs.small(digest) if blobs is not None else None
@@ -117,10 +153,38 @@ def load(places: Places, *, now: int | None = None) -> Loaded:
         policy,
         now=now,
         anchored=places.anchored,
-        documents=lambda digest: document(places.log, digest),
+        documents=documents.get,
         blobs=blob,
+        root=_first_root(places, files, documents),
     )
     return Loaded(places=places, files=files, policy=policy, audit=found)
+
+
+def _first_root(places: Places, files: LogFiles, documents: DocumentFolder) -> bytes | None:
+    """The root that the auditor gave; else the one that the log's first leaf or the repository has.
+
+    The latter show that policy, log and repository agree, and nothing about who the admins are.
+    """
+    if places.root is not None:
+        return read_bounded(places.root, MAX_DOCUMENT)
+    named = _named_root(files.entries[0]) if files.entries else None
+    found = documents.get(named) if named is not None else None
+    if found is not None:
+        return found
+    trust = places.trust_folder
+    path = trust / "metadata" / "1.root.json" if trust is not None else None
+    return read_bounded(path, MAX_DOCUMENT) if path is not None and path.is_file() else None
+
+
+def _named_root(entry: bytes) -> Digest | None:
+    """The root that a log's first leaf names; unverified, the leaf is checked later."""
+    try:
+        payload = decode_base64(parse_canonical(entry)["payload"], "the payload")
+        said = predicate_of(Statement.parse(payload))
+    except (MalformedMessageError, KeyError, TypeError):
+        return None
+    root = said.tuf_root_sha256 if isinstance(said, Genesis) else None
+    return None if root is None else Digest(root)
 
 
 def _mirrored(log: Path, digest: Digest) -> bytes | None:

@@ -45,7 +45,10 @@ from protocols.errors import (
     NotFoundError,
     UnreachableError,
 )
+from protocols.governance.repository import target_name
 from protocols.identifiers import Digest, parse_digest
+from protocols.tlog.kinds import TufPublished, predicate_of
+from protocols.tlog.leaf import Statement
 from protocols.tlog.note import MAX_NOTE
 from protocols.tlog.tiles import Tile, parse_bundle, parse_tile, tiles_between
 from protocols.tlog.trust_policy import MAX_POLICY, TrustPolicy, accept_checkpoint
@@ -264,9 +267,57 @@ def mirror_documents(source: Source, folder: Path) -> int:
     wanted: set[str] = set()
     for entry in read_log(folder).entries:
         wanted |= set(_SHA256.findall(_payload(entry)))
-    return sum(_fetch_blob(source, folder, Digest(digest)) for digest in sorted(wanted))
+    return sum(
+        _fetch_document(source, folder, f"blobs/sha256/{digest}", Digest(digest))
+        for digest in sorted(wanted)
+    )
 
 
+def mirror_trust(source: Source, folder: Path) -> int:
+    """Copy what the admins signed, as documents beside the log; how many are here afterwards.
+
+    Every published metadata file is named by a leaf with its digest, and names its documents with
+    theirs, so the repository is not believed: a file is what a leaf says, or is not taken.
+
+    Raises:
+        DigestMismatchError: a file there is another one than was published.
+    """
+    here = 0
+    for entry in read_log(folder).entries:
+        said = published_of(entry)
+        if said is None:
+            continue
+        path = f"metadata/{said.version}.{said.role}.json"
+        here += _fetch_document(source, folder, path, Digest(said.sha256))
+        data = _kept_document(folder, Digest(said.sha256))
+        for name, digest in _targets(data).items():
+            here += _fetch_document(source, folder, target_name(name, digest), digest)
+    return here
+
+
+def published_of(entry: bytes) -> TufPublished | None:
+    """What a leaf says was published; None where it says something else."""
+    try:
+        said = predicate_of(Statement.parse(_payload(entry).encode()))
+    except MalformedMessageError:
+        return None
+    return said if isinstance(said, TufPublished) else None
+
+
+def _targets(data: bytes | None) -> dict[str, Digest]:
+    """Paths and digests of the documents that a metadata file lists."""
+    try:
+        listed = parse_json(data or b"{}")["signed"]["targets"]
+        return {
+            path: parse_digest(target["hashes"]["sha256"])
+            for path, target in listed.items()
+            if _TARGET.fullmatch(path)
+        }
+    except (MalformedMessageError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+_TARGET = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+){0,2}/[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r'sha256"?:"([0-9a-f]{64})"')
 
 
@@ -277,15 +328,20 @@ def _payload(entry: bytes) -> str:
         return ""
 
 
-def _fetch_blob(source: Source, folder: Path, digest: Digest) -> bool:
+def _kept_document(folder: Path, digest: Digest) -> bytes | None:
+    path = folder / "blobs" / "sha256" / digest
+    return read_bounded(path, MAX_BLOB) if path.exists() else None
+
+
+def _fetch_document(source: Source, folder: Path, name: str, digest: Digest) -> bool:
     path = folder / "blobs" / "sha256" / parse_digest(digest)
     if path.exists():
         return True
     try:
-        data = source.get(f"blobs/sha256/{digest}", MAX_BLOB)
+        data = source.get(name, MAX_BLOB)
     except (NotFoundError, MalformedMessageError):
         return False
     if sha256_hex(data) != digest:
-        raise DigestMismatchError(f"the document {digest[:12]}… there is another one")
+        raise DigestMismatchError(f"{name} there is another document than was published")
     write_file(path, data)
     return True

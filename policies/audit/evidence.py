@@ -16,18 +16,19 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from policies.audit.records import Fault, first_fault
 from policies.audit.replay import Replay, Taken
 from policies.audit.rounds import AttemptState, RoundState
+from policies.audit.signed import SignedHistory
 from policies.audit.tree import Tree
 from policies.consortium import ConsortiumPolicy
-from protocols.canonical import parse_canonical
+from protocols.canonical import parse_canonical, sha256_hex
 from protocols.errors import FederationError, MalformedMessageError
 from protocols.identifiers import Digest, RoundId, RunId
 from protocols.plan import Plan
 from protocols.tlog.kinds import (
+    Genesis,
     Predicate,
     RoundAggregate,
     RoundPlan,
@@ -43,20 +44,6 @@ def no_documents(_: Digest) -> bytes | None:
     return None
 
 
-class Membership(Protocol):
-    """What verified metadata says: see ``policies.audit.signed``."""
-
-    @property
-    def policy(self) -> ConsortiumPolicy | None:
-        """The newest signed policy."""
-
-    def expires(self, role: str, version: int) -> int | None:
-        """When a metadata file runs out, Unix seconds; None: not known."""
-
-    def status_at(self, index: int, institution: str) -> str | None:
-        """``active``, ``suspended``, ``expelled``, ``left``; None: not a member then."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """A log as far as it holds."""
@@ -70,12 +57,16 @@ class Evidence:
     blobs: Documents = field(repr=False)  # by unit root
     plans: Mapping[Digest, Plan]  # by SHA-256 of the plan leaf's subject
     now: int  # Unix seconds
-    membership: Membership | None = None  # None: no signed metadata was verified
+    signed: SignedHistory | None = None  # None: no first root is at hand
 
     @property
     def policy(self) -> ConsortiumPolicy | None:
         """The signed policy, the newest."""
-        return self.membership.policy if self.membership else None
+        return self.signed.policy if self.signed else None
+
+    def policy_at(self, index: int) -> ConsortiumPolicy | None:
+        """The signed policy that was in force when leaf ``index`` came."""
+        return self.signed.policy_at(index) if self.signed else None
 
     @property
     def first(self) -> Fault | None:
@@ -119,7 +110,7 @@ def gather(
     anchored: bool,
     now: int,
     replay: Replay | None = None,
-    membership: Membership | None = None,
+    signed: SignedHistory | None = None,
 ) -> Evidence:
     """Check the tree's leaves, as far as they hold.
 
@@ -128,8 +119,8 @@ def gather(
         documents, blobs: what lies beside the log; each is hashed again here.
         anchored: the trust policy came from outside the log.
         now: Unix seconds.
-        replay: a fresh one that knows more sources of keys than the log, e.g. signed metadata.
-        membership: what that metadata says.
+        replay: a fresh one, if it is not the ordinary.
+        signed: verifies what the admins published, and brings members' keys into force.
     """
     replay = replay or Replay()
     taken: list[Taken] = []
@@ -142,12 +133,18 @@ def gather(
         except FederationError as error:
             faults.append(Fault.at(_check_of(error), index, f"{error} [{error.code}]"))
             break
+        if signed is not None:
+            faults += signed.take(leaf, replay)
         faults += gossip.take(leaf)
         faults += _time(tree, leaf)
+        if isinstance(leaf.said, Genesis) and signed is not None:
+            faults += _same_root(leaf.said, signed.root)
         if isinstance(leaf.said, RoundPlan):
             faults += _read_plan(leaf, documents, plans)
         faults += lineage.take(leaf, replay, plans)
         taken.append(leaf)
+    if signed is not None:
+        faults += signed.settle(replay)
     return Evidence(
         tree=tree,
         taken=tuple(taken),
@@ -158,8 +155,14 @@ def gather(
         blobs=blobs,
         plans=plans,
         now=now,
-        membership=membership,
+        signed=signed,
     )
+
+
+def _same_root(said: Genesis, root: bytes) -> Iterable[Fault]:
+    """The log began under the first root that the auditor goes by."""
+    if said.tuf_root_sha256 is not None and said.tuf_root_sha256 != sha256_hex(root):
+        yield Fault.at("policy", 0, "the log rests on another first root than the one given")
 
 
 _CHECKS = {

@@ -7,12 +7,15 @@ says about itself is not evidence that it was allowed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from policies.audit.evidence import Evidence, released
 from policies.audit.records import Record, Result
 from policies.audit.spending import SpendingUnknownError, spending, spent_claims, wrong_claims
 from policies.consortium import ConsortiumPolicy
-from protocols.identifiers import Digest
+from policies.decision import Refused
+from protocols.governance import roles
+from protocols.identifiers import Digest, RunId
 from protocols.tlog.kinds import (
     CertIssued,
     CodeApproved,
@@ -22,7 +25,6 @@ from protocols.tlog.kinds import (
     OverrideGranted,
     ReleaseApproved,
     RoundJoin,
-    TufPublished,
     UpdateCommit,
     parse_round_subject,
 )
@@ -97,7 +99,7 @@ def q06_code(evidence: Evidence) -> Iterator[Record]:
             continue
         by = {taken.leaf.hash for taken in approved if taken.index < state.plan_at}
         missing = [digest for digest in code.approvals if Digest(digest) not in by]
-        allowed = _allowed_code(evidence.policy, code.image)
+        allowed = _allowed_code(evidence.policy_at(state.plan_at), code.image)
         if missing:
             reason = f"it names an approval that is not in the log before it: {missing[0][:12]}…"
             yield _one("6", str(round_), Result.FAIL, state.plan_at, reason)
@@ -144,9 +146,9 @@ def q07_data(evidence: Evidence) -> Iterator[Record]:
             elif used.licence is not None and used.licence != declared[key]:
                 reason = f"{what} claims {used.licence}, declared is {declared[key]}"
                 yield _one("7", where, Result.FAIL, taken.index, reason)
-            elif evidence.policy is None:
+            elif (policy := evidence.policy_at(taken.index)) is None:
                 yield _one("7", where, Result.UNKNOWN, taken.index, f"{what}; {NO_POLICY}")
-            elif not evidence.policy.data.takes_licence(declared[key]):
+            elif not policy.data.takes_licence(declared[key]):
                 reason = f"{what} is under {declared[key]}, which the policy does not take"
                 yield _one("7", where, Result.FAIL, taken.index, reason)
             else:
@@ -162,7 +164,7 @@ def q11_overrides(evidence: Evidence) -> Iterator[Record]:
         if not isinstance(said, OverrideGranted):
             continue
         what = f"{said.rule} is set aside for plan {said.plan_sha256[:12]}…: {said.code}"
-        policy = evidence.policy
+        policy = evidence.policy_at(taken.index)
         if policy is None:
             yield _one("11", None, Result.UNKNOWN, taken.index, f"{what}; {NO_POLICY}")
             continue
@@ -182,9 +184,8 @@ def q11_overrides(evidence: Evidence) -> Iterator[Record]:
 
 def q14_dominance(evidence: Evidence) -> Iterator[Record]:
     """No institution's share of the sum is above the policy's limit."""
-    policy = evidence.policy
     for round_, state in evidence.rounds.items():
-        attempt = released(state)
+        attempt, policy = released(state), evidence.policy_at(state.plan_at)
         if attempt is None or attempt.aggregate is None:
             continue
         said, at = attempt.aggregate, attempt.aggregate_at or state.plan_at
@@ -249,11 +250,11 @@ def q19_releases(evidence: Evidence) -> Iterator[Record]:
         if len(good) < 2:
             reason = f"{what}: {len(good)} passing reports by different evaluators, 2 are needed"
             yield _one("19", None, Result.FAIL, taken.index, reason)
-        elif evidence.policy is None:
+        elif (policy := evidence.policy_at(taken.index)) is None:
             reason = f"{what}: {len(good)} passing reports; {NO_POLICY} to name the board"
             yield _one("19", None, Result.UNKNOWN, taken.index, reason)
         else:
-            need = evidence.policy.governance.release_board.threshold
+            need = policy.governance.release_board.threshold
             signers = len({approval.key for approval in said.approvals})
             result = Result.UNKNOWN if signers >= need else Result.FAIL
             reason = f"{what}: {signers} of {need} approvals, keys not verified here"
@@ -291,73 +292,92 @@ def _one(id_: str, round_: str | None, result: Result, leaf: int, reason: str) -
 
 
 def q02_policy_signed(evidence: Evidence) -> Iterator[Record]:
-    """The metadata that a round names is in the log before it, with the same digest."""
-    published = {
-        (taken.said.role, taken.said.version, taken.said.sha256): taken.index
-        for taken in evidence.of(TufPublished)
-        if isinstance(taken.said, TufPublished)
-    }
+    """Each round names the metadata in force, and its plan is among what the admins signed.
+
+    That every publication holds (thresholds along the roots, distinct institutions, majorities by
+    what changes) is checked where its leaves are read; a bad one is a fault.
+    """
     for round_, state in evidence.rounds.items():
-        named = state.plan.tuf
-        if not named:
-            reason = "the plan leaf names no signed metadata"
-            yield _one("2", str(round_), Result.UNKNOWN, state.plan_at, reason)
+        where, at, named = str(round_), state.plan_at, state.plan.tuf
+        signed = evidence.signed
+        if signed is None or signed.missing:
+            what = "no first root is at hand" if signed is None else "published files are not here"
+            yield _one("2", where, Result.UNKNOWN, at, f"the policy was not verified: {what}")
             continue
+        found = signed.at(at)
+        if found is None:
+            yield _one("2", where, Result.UNKNOWN, at, "nothing was published before this round")
+            continue
+        versions = found.state.versions
         wrong = [
             f"{role} {item.version}"
             for role, item in sorted(named.items())
-            if published.get((role, item.version, item.sha256), state.plan_at) >= state.plan_at
+            if found.state.published.get((role, item.version)) != item.sha256
+            or versions.get(role) != item.version
         ]
-        what = ", ".join(f"{role} {item.version}" for role, item in sorted(named.items()))
+        plan = found.state.plan_signed(RunId(round_.run), state.plan_sha256)
         if wrong:
-            reason = f"it names metadata that was not published before it: {', '.join(wrong)}"
-            yield _one("2", str(round_), Result.FAIL, state.plan_at, reason)
-        elif evidence.membership is None:
-            reason = f"{what}; their signatures were not verified: no root is at hand"
-            yield _one("2", str(round_), Result.UNKNOWN, state.plan_at, reason)
+            reason = f"it names metadata that was not in force: {', '.join(wrong)}"
+            yield _one("2", where, Result.FAIL, at, reason)
+        elif plan is not None:
+            yield _one("2", where, Result.FAIL, at, str(plan))
         else:
-            yield _one("2", str(round_), Result.PASS, state.plan_at, f"{what}, thresholds verified")
+            who = found.state.quorums.get(roles.POLICY)
+            what = f"policy {found.policy.policy_version}, root {found.state.root_version}"
+            names = sorted(holder.institution for holder in who.signed) if who else []
+            signers = f", signed by {', '.join(names)}" if names else ""
+            result = Result.PASS if named else Result.UNKNOWN
+            more = "" if named else "; the plan leaf names none of it"
+            yield _one("2", where, result, at, f"{what}{signers}{more}")
 
 
 def q03_in_force(evidence: Evidence) -> Iterator[Record]:
-    """The metadata was in force between the witnessed times around the plan leaf."""
+    """Policy and metadata were in force between the witnessed times around the plan leaf."""
     for round_, state in evidence.rounds.items():
-        membership = evidence.membership
-        if membership is None or not state.plan.tuf:
-            yield _one("3", str(round_), Result.UNKNOWN, state.plan_at, NO_POLICY)
+        where, at = str(round_), state.plan_at
+        found = evidence.signed.at(at) if evidence.signed else None
+        if found is None:
+            yield _one("3", where, Result.UNKNOWN, at, NO_POLICY)
             continue
-        before, after = evidence.tree.written_between(state.plan_at)
+        before, after = evidence.tree.written_between(at)
         if after is None:
             reason = "no witness bounds the time of the plan leaf"
-            yield _one("3", str(round_), Result.UNKNOWN, state.plan_at, reason)
+            yield _one("3", where, Result.UNKNOWN, at, reason)
             continue
+        # The leaf lies between the two times: what holds at neither end did not hold.
+        times = [datetime.fromtimestamp(t, UTC) for t in (before or after, after)]
+        needed = (roles.ROOT, roles.TARGETS, *roles.NEEDED)
         ended = [
-            f"{role} {item.version}"
-            for role, item in sorted(state.plan.tuf.items())
-            if (expires := membership.expires(role, item.version)) is not None
-            and expires < (before or after)
+            f"{role} {found.state.versions[role]}"
+            for role in needed
+            if role in found.state.expires and found.state.expires[role] <= times[0]
         ]
-        result = Result.FAIL if ended else Result.PASS
-        reason = f"expired: {', '.join(ended)}" if ended else "nothing that it names had expired"
-        yield _one("3", str(round_), result, state.plan_at, reason)
+        why = [f"expired: {', '.join(ended)}"] if ended else []
+        decisions = [found.policy.in_force(time) for time in times]
+        if all(isinstance(decision, Refused) for decision in decisions):
+            why.append(str(decisions[0]))
+        if why:
+            yield _one("3", where, Result.FAIL, at, "; ".join(why))
+        else:
+            reason = f"policy {found.policy.policy_version} and all that it rests on"
+            yield _one("3", where, Result.PASS, at, reason)
 
 
 def q15_suspended(evidence: Evidence) -> Iterator[Record]:
     """Nobody who was suspended joined. Leaves by keys that are not in force are never taken."""
-    membership = evidence.membership
+    signed = evidence.signed
     joins = [taken for taken in evidence.of(RoundJoin) if isinstance(taken.said, RoundJoin)]
-    if membership is None:
+    if signed is None or not signed.history:
         reason = f"{len(joins)} joins by certified keys; no signed membership is at hand"
         yield Record(id="15", round=None, result=Result.UNKNOWN, leaves=(), reason=reason)
         return
-    bad = [
-        taken
-        for taken in joins
-        if membership.status_at(taken.index, taken.holder.name) not in (None, "active")
-    ]
-    for taken in bad:
-        reason = f"{taken.holder.name} joined while suspended"
-        yield _one("15", None, Result.FAIL, taken.index, reason)
+    bad = 0
+    for taken in joins:
+        status = signed.status_at(taken.index, taken.holder.name)
+        if signed.at(taken.index) is not None and status != "active":
+            bad += 1
+            reason = f"{taken.holder.name} joined while {status or 'no member'}"
+            yield _one("15", None, Result.FAIL, taken.index, reason)
     if not bad:
         reason = f"{len(joins)} joins, all by active members"
         yield Record(id="15", round=None, result=Result.PASS, leaves=(), reason=reason)

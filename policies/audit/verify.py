@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from policies.audit import questions_log, questions_rounds, questions_rules
-from policies.audit.evidence import Documents, Evidence, Membership, gather, no_documents
+from policies.audit.evidence import Documents, Evidence, gather, no_documents
 from policies.audit.records import Fault, Record, Result, worst
-from policies.audit.replay import Replay
-from policies.audit.tree import LogFiles, check_tree
+from policies.audit.replay import Taken
+from policies.audit.signed import SignedHistory
+from policies.audit.tree import LogFiles, Tree, check_tree
 from protocols.tlog.trust_policy import TrustPolicy
 
 SCHEMA: Final = "minga.audit/1"
@@ -155,8 +157,7 @@ def audit(
     anchored: bool,
     documents: Documents = no_documents,
     blobs: Documents = no_documents,
-    replay: Replay | None = None,
-    membership: Membership | None = None,
+    root: bytes | None = None,
 ) -> Audit:
     """Check a copy of a log; nothing is raised for what is bad, everything is reported.
 
@@ -166,10 +167,12 @@ def audit(
         now: Unix seconds.
         anchored: the trust policy came from outside the log.
         documents, blobs: what lies beside the log, by SHA-256 and by unit root.
-        replay: see ``gather``.
-        membership: verified metadata; None: questions about it are unknown.
+        root: the first root of the signed policy; None: questions about it are unknown.
     """
     tree = check_tree(files, policy, now=now)
+    signed = None
+    if root is not None:
+        signed = SignedHistory(root=root, documents=documents, time_of=partial(_time_of, tree))
     evidence = gather(
         tree,
         files.entries,
@@ -177,8 +180,7 @@ def audit(
         blobs=blobs,
         anchored=anchored,
         now=now,
-        replay=replay,
-        membership=membership,
+        signed=signed,
     )
     records: list[Record] = []
     for question in QUESTIONS:
@@ -195,6 +197,12 @@ def audit(
     if evidence.first is not None:
         records += _unread(evidence, evidence.first)
     return Audit(evidence=evidence, records=tuple(records))
+
+
+def _time_of(tree: Tree, taken: Taken) -> int:
+    """When a leaf came: the first witnessed time after it, or what it claims."""
+    _, after = tree.written_between(taken.index)
+    return after if after is not None else int(taken.statement.time.timestamp())
 
 
 def _unread(evidence: Evidence, first: Fault) -> list[Record]:

@@ -33,7 +33,7 @@ _COUNTRY = re.compile(r"([a-z]{2})-", re.ASCII)
 
 
 def country_of(institution: str) -> str:
-    """The country that an institution's id begins with (``cl-univ-1``); a dash where none does."""
+    """The country that an id begins with (``cl-univ-1``), where no signed membership says it."""
     match = _COUNTRY.match(institution)
     return match[1].upper() if match else "—"
 
@@ -87,7 +87,8 @@ class Facts:
 
     rounds: tuple[str, ...]
     released: int
-    institutions: tuple[str, ...]
+    institutions: tuple[str, ...]  # by country
+    countries: Mapping[str, str]  # of every institution; a dash where it is not known
     cells: Mapping[tuple[str, str], Cell]  # (institution, round)
     curves: Mapping[str, tuple[tuple[int, float], ...]]  # language or "" -> (round, bits per byte)
     loss: tuple[tuple[int, float], ...]  # (round, nats per token)
@@ -147,12 +148,18 @@ def gather_facts(loaded: Loaded) -> Facts:
             for end in ends
             if end is not None
         ]
+    signed = evidence.signed
+    countries = {
+        name: (signed.country_of(name) if signed else None) or country_of(name)
+        for name in everybody
+    }
     curves, loss = _curves(loaded)
     spent, unknown = _spent(evidence)
     return Facts(
         rounds=tuple(map(str, rounds)),
         released=sum(released(state) is not None for state in rounds.values()),
-        institutions=tuple(sorted(everybody, key=lambda name: (country_of(name), name))),
+        institutions=tuple(sorted(everybody, key=lambda name: (countries[name], name))),
+        countries=countries,
         cells=cells,
         curves=curves,
         loss=loss,

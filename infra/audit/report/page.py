@@ -15,7 +15,7 @@ from typing import Final
 from infra.audit.loading import Loaded
 from infra.audit.recompute import Recomputed
 from infra.audit.report import charts
-from infra.audit.report.facts import DECLINED, DROPPED, IN_SUM, JOINED, SILENT, Facts, country_of
+from infra.audit.report.facts import DECLINED, DROPPED, IN_SUM, JOINED, SILENT, Facts
 from infra.audit.report.style import STYLE
 from infra.audit.report.words import LANGS, NAMES, NOT_SHOWN, QUESTION, Lang, W, Words
 from policies.audit.records import Record, Result, worst
@@ -130,7 +130,7 @@ def _verdict(audit: Audit, made: Sequence[Recomputed]) -> str:
 
 
 def _figures(audit: Audit, facts: Facts) -> str:
-    countries = {country_of(name) for name in facts.institutions} - {"—"}
+    countries = set(facts.countries.values()) - {"—"}
     cards = [
         (len(facts.institutions), _w("institutions")),
         (len(countries), _w("countries")),
@@ -153,7 +153,7 @@ def _matrix(facts: Facts) -> str:
     heads = "".join(f"<th>{escape(name.rpartition('/')[2])}</th>" for name in facts.rounds)
     rows, last = [], ""
     for name in facts.institutions:
-        country = country_of(name)
+        country = facts.countries[name]
         shown = escape(country) if country != last else ""
         last = country
         cells = []
@@ -178,9 +178,9 @@ def _matrix(facts: Facts) -> str:
 
 def _countries(facts: Facts) -> str:
     counts: Counter[str] = Counter()
-    members: Counter[str] = Counter(country_of(name) for name in facts.institutions)
+    members: Counter[str] = Counter(facts.countries.values())
     for (name, _), cell in facts.cells.items():
-        counts[country_of(name)] += cell.state == IN_SUM
+        counts[facts.countries[name]] += cell.state == IN_SUM
     most = max(counts.values(), default=0)
     rows = [
         (escape(country), str(members[country]), str(counts[country]), charts.bar(count, most))
@@ -233,7 +233,7 @@ def _privacy(facts: Facts) -> str:
         over = item.budget is not None and item.epsilon > item.budget
         rows.append(
             (
-                escape(country_of(item.institution)),
+                escape(facts.countries.get(item.institution, "—")),
                 escape(item.institution),
                 escape(item.dataset),
                 escape(item.unit),
