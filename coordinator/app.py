@@ -27,6 +27,7 @@ from coordinator.layouts import Layouts
 from coordinator.ledger import Ledger
 from coordinator.log_parts import LogParts, open_log
 from coordinator.log_push import push
+from coordinator.services.accounting import AccountingService
 from coordinator.services.admin import AdminService
 from coordinator.services.bulk import BulkService, raw_handlers
 from coordinator.services.caller import Callers
@@ -41,6 +42,7 @@ from coordinator.static_http import StaticServer
 from coordinator.trust_repository import ONLINE_KEY, TrustRepository, load_online_key
 from protocols.errors import ConfigurationError
 from protocols.gen import (
+    accounting_pb2_grpc,
     admin_pb2_grpc,
     bulk_pb2_grpc,
     enrolment_pb2_grpc,
@@ -169,6 +171,9 @@ def main_server(parts: Parts) -> grpc.aio.Server:
     secure_sum_pb2_grpc.add_SecureSumServicer_to_server(
         SecureSumService(callers=callers, ledger=ledger, clock=clock), server
     )
+    accounting_pb2_grpc.add_AccountingServicer_to_server(
+        AccountingService(callers=callers, ledger=ledger, clock=clock), server
+    )
     admin_pb2_grpc.add_AdminServicer_to_server(
         AdminService(
             callers=callers,
@@ -179,6 +184,7 @@ def main_server(parts: Parts) -> grpc.aio.Server:
             trust=parts.trust,
             caps=parts.config.caps,
             hub=parts.log.hub if parts.log else None,
+            prices=parts.config.prices,
         ),
         server,
     )

@@ -14,6 +14,10 @@ min_free_mb = 256
 upload_retention_days = 30          # masked or open uploads kept for audit
 [certificates]
 node_hours = 720
+[prices]                            # for the costs in `minga run show`; left out: no money is shown
+currency = "USD"                    # printed as it stands
+gpu_hour = 2.5
+kwh = 0.15
 [governance]
 require = true                      # nothing runs before the admins have signed a root
 folder = "../tuf"
@@ -134,12 +138,21 @@ class _Log(_Section):
     witness: tuple[Witness, ...] = ()
 
 
+class Prices(_Section):
+    """What things cost, for people to read: never part of a decision."""
+
+    currency: str = Field(min_length=1, max_length=12, pattern=r"^[^\s\x00-\x1f]+$")
+    gpu_hour: float = Field(default=0.0, ge=0, le=1e6)
+    kwh: float = Field(default=0.0, ge=0, le=1e6)
+
+
 class _File(_Section):
     federation: Annotated[str, AfterValidator(parse_federation_id)]
     listen: _Listen
     ledger: _Ledger
     storage: _Storage = _Storage()
     certificates: _Certificates = _Certificates()
+    prices: Prices | None = None
     governance: _Governance = _Governance()
     privacy: _Privacy = _Privacy()
     log: _Log | None = None
@@ -170,6 +183,7 @@ class CoordinatorConfig:
     min_free_bytes: int
     upload_retention_days: int
     node_certificate_hours: int
+    prices: Prices | None = None
     trust: Path
     governed: bool  # a run, an invitation and a certificate need what the admins signed
     log: LogConfig | None  # None: no round log
@@ -218,6 +232,7 @@ def load_config(path: Path) -> CoordinatorConfig:
         min_free_bytes=file.storage.min_free_mb * 2**20,
         upload_retention_days=file.storage.upload_retention_days,
         node_certificate_hours=file.certificates.node_hours,
+        prices=file.prices,
         trust=(folder / file.governance.folder).resolve(),
         governed=file.governance.require,
         caps=tuple(budget.cap() for budget in file.privacy.budget),

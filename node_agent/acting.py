@@ -46,6 +46,7 @@ from node_agent.housekeeping import tidy
 from node_agent.launchers.jobs import Launcher
 from node_agent.plan_check import check_plan
 from node_agent.records import ConfirmRecord, RoundRecord, UploadRecord
+from node_agent.resources import as_message, claim_of, read_claim
 from node_agent.rules import Refusal
 from node_agent.secure import SecureSum, dither_seed
 from node_agent.site import Site
@@ -66,7 +67,7 @@ from protocols.errors import (
     WorkerError,
     WrongPhaseError,
 )
-from protocols.gen import rounds_pb2
+from protocols.gen import accounting_pb2, rounds_pb2
 from protocols.identifiers import Digest, RoundId, RunId
 from protocols.outer_optimizers import optimizer_for
 from protocols.plan import Plan
@@ -339,13 +340,16 @@ class Actor:
         if result is None:
             raise WorkerError(f"the worker left no result for {name}")
         check_private_work(plan, record.index, result)
-        facts = {
+        facts: dict[str, object] = {
             "steps": result.steps,
             "tokens": result.tokens,
             "seconds": round(result.seconds, 3),
             "norm": result.delta_norm,
             "update": result.root,
         }
+        claim = claim_of(result.spent, self.site.config.resources, plan)
+        if claim is not None:
+            facts["resources"] = claim.to_facts()
         return facts, result.root
 
     async def _ready(self, action: SayReady) -> None:
@@ -430,7 +434,8 @@ class Actor:
         # Checked when the node said ready. Under masks it must still be that very update.
         if plan.secagg is not None:
             check_pinned(delta, record.update)
-        return work_of_result(launcher.result(name), delta)
+        claim = read_claim(self.site.journal.said_ready_with(round_))
+        return work_of_result(launcher.result(name), delta, resources=claim)
 
     async def _upload(self, action: Upload) -> None:
         site, round_ = self.site, action.round
@@ -583,6 +588,7 @@ class Actor:
         record = await asyncio.to_thread(site.journal.confirm, action.round)
         if record is None:
             raise CorruptStateError(f"nothing was computed for round {action.round}")
+        await self._report(action.round)
         request = rounds_pb2.ConfirmRequest(
             round=round_ref(action.round),
             model_root=record.computed or "",
@@ -600,6 +606,20 @@ class Actor:
         if record.computed is not None and not record.objection:
             self._sync_later(action.round.run, record.computed)
         await self._tidy(action.round, current=False)
+
+    async def _report(self, round_: RoundId) -> None:
+        """Say what the local step cost, where the site names its figures."""
+        site = self.site
+        if site.config.resources.report != "named":
+            return
+        claim = read_claim(await asyncio.to_thread(site.journal.said_ready_with, round_))
+        if claim is None:
+            return
+        request = accounting_pb2.ReportRequest(round=round_ref(round_), used=as_message(claim))
+        try:
+            await site.connection.ask(lambda c: c.accounting.Report, request)
+        except RefusedError as error:  # not taken another time either
+            logger.info("the costs of %s were not taken: %s", round_, error)
 
     # -- helpers ---------------------------------------------------------------------------------
 

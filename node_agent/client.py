@@ -30,6 +30,7 @@ from protocols.errors import (
     error_from_code,
 )
 from protocols.gen import (
+    accounting_pb2_grpc,
     bulk_pb2_grpc,
     enrolment_pb2_grpc,
     rounds_pb2_grpc,
@@ -141,6 +142,7 @@ class Connection:
         self.channel = grpc.aio.secure_channel(
             self.address, _credentials(identity), options=list(OPTIONS)
         )
+        self.accounting: Any = accounting_pb2_grpc.AccountingStub(self.channel)
         self.rounds: Any = rounds_pb2_grpc.RoundsStub(self.channel)
         self.bulk: Any = bulk_pb2_grpc.BulkStub(self.channel)
         self.secure_sum: Any = secure_sum_pb2_grpc.SecureSumStub(self.channel)

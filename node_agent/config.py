@@ -44,6 +44,8 @@ python_path = ["apps"]             # where apps come from; left out: whatever Py
 node_config = "partition-id=3"     # node_config of an app's Context, in Flower's own notation
 [limits]
 cpu_threads = 1                    # for encoding and for the outer step
+[resources]
+report = "named"                   # node_agent/resources.py has its keys
 [launcher]
 kind = "local"                     # "slurm": node_agent/launchers/slurm_config.py has its keys
 [governance]
@@ -69,6 +71,7 @@ from pydantic import (
 )
 
 from node_agent.launchers.slurm_config import LauncherConfig
+from node_agent.resources import ResourcesConfig
 from policies.privacy.budget import Allowance, midnight
 from policies.privacy.sensitivity import Unit
 from protocols.errors import ConfigurationError
@@ -196,6 +199,7 @@ class _File(_Section):
     launcher: LauncherConfig = LauncherConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     governance: GovernanceConfig = GovernanceConfig()
+    resources: ResourcesConfig = ResourcesConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +320,7 @@ class NodeConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     governance: GovernanceConfig = field(default_factory=GovernanceConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
 
 def _absolute(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -371,6 +376,7 @@ def load_config(folder: NodeFolder) -> NodeConfig:
             node_config=file.flower.node_config,
         ),
         launcher=file.launcher,
+        resources=file.resources,
     )
 
 

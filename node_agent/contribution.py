@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from node_agent.records import UploadRecord
+from node_agent.resources import Claim, coordinates
 from node_agent.spool import Result, publish
 from policies.privacy.terms import NoiseTerms, noise_terms
 from protocols.errors import (
@@ -75,10 +76,14 @@ class LocalWork:
     steps: int
     loss_nats: float  # summed over tokens
     seconds: float
-    evaluation: dict[str, tuple[float, int, int]]  # language: (nll in nats, bytes, documents)
+    resources: Claim | None = None  # what it cost; None: not said
+    # by language: nll in nats, bytes and documents
+    evaluation: dict[str, tuple[float, int, int]] = field(default_factory=dict)
 
 
-def work_of_result(result: Result, delta_path: Path) -> LocalWork:
+def work_of_result(
+    result: Result, delta_path: Path, *, resources: Claim | None = None
+) -> LocalWork:
     """The worker's result, its delta mapped instead of read.
 
     The bytes were checked against the result when the node said that it is ready.
@@ -98,6 +103,7 @@ def work_of_result(result: Result, delta_path: Path) -> LocalWork:
         steps=result.steps,
         loss_nats=result.loss_nats,
         seconds=result.seconds,
+        resources=resources,
         evaluation={
             line.language: (line.nll_nats, line.bytes, line.documents) for line in result.evaluation
         },
@@ -175,7 +181,10 @@ def metrics_of(work: LocalWork, *, weight: int, plan: Plan, index: int) -> dict[
     if plan.privacy is not None:
         steps = (plan.privacy.steps or 0) if plan.trains_in(index) else 0
         values = dict.fromkeys(values, 0) | {"weight": WEIGHT_ONE, "nodes": 1, "steps": steps}
-    for name in metric_names(plan, index):
+    names = metric_names(plan, index)
+    if plan.vector.resources:
+        values |= coordinates(work.resources)
+    for name in names:
         kind, slash, language = name.partition("/")
         if not slash:
             continue

@@ -596,6 +596,18 @@ class Journal:
         )
         return found[::-1] if last else found
 
+    def said_ready_with(self, round_: RoundId) -> dict[str, Any]:
+        """Detail of the line that says this node is ready for a round; empty: there is none."""
+        query = sa.select(_entries.c.detail).where(
+            _entries.c.run == round_.run,
+            _entries.c.number == round_.number,
+            _entries.c.what == "ready",
+        )
+        with self._errors(), self._engine.connect() as connection:
+            row = connection.execute(query.limit(1)).first()
+        found = json.loads(row.detail) if row is not None else {}
+        return found if isinstance(found, dict) else {}
+
     # -- inside ----------------------------------------------------------------------------------
 
     def _now_ms(self) -> int:

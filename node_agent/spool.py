@@ -9,6 +9,7 @@ so the same worker runs as a child process or inside a Slurm allocation.
     jobs/<id>.json         one job, ``<id>`` is ``<run>.<round>``; jobs/<id>.cancel stops it
     out/<id>/status.jsonl  what happens to it, one JSON object per line
     out/<id>/delta.f32     the update: little-endian float32, selected tensors, manifest order
+    out/<id>/spent.json    what it used before it was interrupted
     out/<id>/result.json   the last file written: when it is there, everything else is
     state/<run>/           the worker's own memory between rounds; nobody else reads it
 
@@ -171,6 +172,22 @@ class PrivateReport(_Document):
     noise: Literal["added", "later"]  # "later": by the agent, under the secure sum
 
 
+class Spent(_Document):
+    """What a job used, over all ranks."""
+
+    gpu_seconds: Seconds = 0.0  # devices held
+    cpu_seconds: Seconds = 0.0  # user and system
+    energy_joules: Seconds | None = None  # of the devices, as the driver counts; None: not counted
+
+    def __add__(self, other: Spent) -> Spent:
+        mine, others = self.energy_joules, other.energy_joules
+        return Spent(
+            gpu_seconds=self.gpu_seconds + other.gpu_seconds,
+            cpu_seconds=self.cpu_seconds + other.cpu_seconds,
+            energy_joules=None if mine is None or others is None else mine + others,
+        )
+
+
 class Result(_Document):
     """What a finished job says about itself.
 
@@ -191,6 +208,7 @@ class Result(_Document):
     rank_steps: tuple[Count, ...] = ()
     device: str = Field(max_length=200)
     private: PrivateReport | None = None
+    spent: Spent | None = None  # None: the worker does not count
 
     @field_validator("evaluation", "rank_steps", mode="before")
     @classmethod
@@ -319,6 +337,9 @@ class Spool:
 
     def delta(self, name: str) -> Path:
         return self.out(name) / "delta.f32"
+
+    def spent(self, name: str) -> Path:
+        return self.out(name) / "spent.json"
 
     def result(self, name: str) -> Path:
         return self.out(name) / "result.json"
@@ -493,6 +514,21 @@ def request_cancel(spool: Spool, name: str) -> None:
 def request_drain(spool: Spool) -> None:
     """Ask the worker to put its state away and leave."""
     spool.drain.touch()
+
+
+def keep_spent(spool: Spool, name: str, spent: Spent) -> None:
+    """What an interrupted job used: added to what it used before."""
+    before = read_spent(spool, name)
+    spool.out(name).mkdir(parents=True, exist_ok=True, mode=0o700)
+    atomic_write(spool.spent(name), (spent if before is None else before + spent).to_bytes())
+
+
+def read_spent(spool: Spool, name: str) -> Spent | None:
+    """What a job used before it was interrupted; None: it was not, or nobody can tell."""
+    try:
+        return _parse(Spent, spool.spent(name).read_bytes(), "spent.json")
+    except (OSError, MalformedMessageError):
+        return None
 
 
 def forget_job(spool: Spool, name: str) -> None:

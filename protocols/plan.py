@@ -152,6 +152,7 @@ class Vector(Part):
     ring_bits: Literal[16, 20, 24] = 20
     weight_cap_tokens: Count | None = None  # None: every survivor weighs the same
     clip_norm: Positive | None = None  # L2, of the whole update
+    resources: bool = False  # what local steps cost, as coordinates of the sum
     scale: Scale = Scale()
 
 

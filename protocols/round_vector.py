@@ -16,7 +16,8 @@ from protocols.tensors.ring import Ring
 
 def metric_names(plan: Plan, index: int) -> tuple[str, ...]:
     """Names of the metrics in the vector of the plan's round ``index``, in order."""
-    return metrics.metric_names(plan.evaluation.languages if plan.evaluates_in(index) else ())
+    languages = plan.evaluation.languages if plan.evaluates_in(index) else ()
+    return metrics.metric_names(languages, resources=plan.vector.resources)
 
 
 def round_ring(plan: Plan) -> Ring:

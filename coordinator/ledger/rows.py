@@ -150,6 +150,18 @@ class ConfirmationRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CostRow:
+    """What a local step cost, as a node claims it."""
+
+    round: RoundId
+    node: NodeId
+    gpu_ms: int
+    cpu_ms: int
+    energy_mwh: int
+    source: str  # of the energy: "measured" | "estimated" | "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTimeRow:
     """When a round entered a phase."""
 

@@ -251,6 +251,21 @@ confirmations = Table(
     comment="What each node computed from a released sum, or why it objects",
 )
 
+costs = Table(
+    "costs",
+    metadata,
+    Column("run_id", Text, primary_key=True, comment="of which run"),
+    Column("number", Integer, primary_key=True, autoincrement=False, comment="of which round"),
+    Column("node_id", Text, ForeignKey("nodes.node_id"), primary_key=True, comment="who says it"),
+    Column("gpu_ms", BigInteger, nullable=False, comment="devices held, milliseconds"),
+    Column("cpu_ms", BigInteger, nullable=False, comment="milliseconds"),
+    Column("energy_mwh", BigInteger, nullable=False, comment="milliwatt hours"),
+    Column("source", Text, nullable=False, comment="of the energy: measured|estimated|none"),
+    Column("received_at", BigInteger, nullable=False, comment="Unix ms UTC"),
+    ForeignKeyConstraint(["run_id", "number"], ["rounds.run_id", "rounds.number"]),
+    comment="What a local step cost, as the node claims it",
+)
+
 history = Table(
     "history",
     metadata,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coordinator.ledger.costs import Costs
 from coordinator.ledger.leases import Leases
 from coordinator.ledger.log import LogLeaves
 from coordinator.ledger.people import People
@@ -11,5 +12,5 @@ from coordinator.ledger.secure import SecureMessages
 from coordinator.ledger.uploads import Uploads
 
 
-class Tx(LogLeaves, People, Rounds, Uploads, SecureMessages, PrivacySpends, Leases):
+class Tx(LogLeaves, Costs, People, Rounds, Uploads, SecureMessages, PrivacySpends, Leases):
     """One open transaction. It ends with the function that ``Ledger.run`` calls with it."""

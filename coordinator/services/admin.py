@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from coordinator.blobs import Blobs
 from coordinator.ca import CertificateAuthority
 from coordinator.clock import Clock
+from coordinator.config import Prices
 from coordinator.ledger import HistoryRow, Ledger, RoundRow, Tx
 from coordinator.ledger.privacy import SpendRow
 from coordinator.log_hub import LogHub, describe_waiting
@@ -68,7 +69,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         caps: Sequence[Cap] = (),
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
         hub: LogHub | None = None,
+        prices: Prices | None = None,
     ) -> None:
+        self._prices = prices
         self._callers = callers
         self._ledger = ledger
         self._clock = clock
@@ -165,7 +168,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 if claim is not None
                 else {}
             )
-            return full_facts(tx, run_id, now), plan, claim, spends
+            return full_facts(tx, run_id, now, self._prices), plan, claim, spends
 
         facts, plan, claim, spends = await self._ledger.read("show_run", look)
         if claim is not None:
@@ -223,7 +226,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         run_id, now = parse_run_id(request.run), self._clock.now()
         reason = read_text(request.reason, what="a reason") or f"by operator {operator.name}"
         await self._ledger.run("stop_run", lambda tx: stop(tx, run_id, reason, now))
-        return await self._ledger.read("show_run", lambda tx: full_facts(tx, run_id, now))
+        return await self._ledger.read(
+            "show_run", lambda tx: full_facts(tx, run_id, now, self._prices)
+        )
 
 
 def submit(

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 
+from coordinator.config import Prices
 from coordinator.ledger import (
     CertificateRow,
     ConfirmationRow,
@@ -17,8 +18,9 @@ from coordinator.ledger import (
     TrafficRow,
     Tx,
 )
+from coordinator.ledger.rows import CostRow
 from coordinator.rounds import why_now
-from protocols.gen import admin_pb2, rounds_pb2
+from protocols.gen import accounting_pb2, admin_pb2, rounds_pb2
 from protocols.identifiers import NodeId, RoundId, RunId
 from protocols.rounds_codec import to_ms
 from protocols.wire import phase_to_view, round_ref
@@ -36,7 +38,9 @@ def run_facts(run: RunRow) -> admin_pb2.RunFacts:
     )
 
 
-def full_facts(tx: Tx, run_id: RunId, now: datetime) -> admin_pb2.RunFacts:
+def full_facts(
+    tx: Tx, run_id: RunId, now: datetime, prices: Prices | None = None
+) -> admin_pb2.RunFacts:
     """A run with its plan and everything about its rounds.
 
     Raises:
@@ -49,13 +53,19 @@ def full_facts(tx: Tx, run_id: RunId, now: datetime) -> admin_pb2.RunFacts:
     moved: dict[RoundId, list[TrafficRow]] = defaultdict(list)
     for entry in tx.traffic(run_id):
         moved[entry.round].append(entry)
+    spent: dict[RoundId, list[CostRow]] = defaultdict(list)
+    for cost in tx.costs(run_id):
+        spent[cost.round].append(cost)
     said: dict[RoundId, list[ConfirmationRow]] = defaultdict(list)
     for confirmation in tx.confirmations(run_id):
         said[confirmation.round].append(confirmation)
     facts = run_facts(run)
     facts.plan = run.plan_bytes
+    if prices is not None:
+        facts.prices.currency = prices.currency
+        facts.prices.gpu_hour, facts.prices.kwh = prices.gpu_hour, prices.kwh
     facts.rounds.extend(
-        round_facts(row, times[row.round], moved[row.round], said[row.round], now)
+        round_facts(row, times[row.round], moved[row.round], said[row.round], now, spent[row.round])
         for row in tx.rounds(run_id)
     )
     return facts
@@ -67,6 +77,7 @@ def round_facts(
     moved: Sequence[TrafficRow],
     said: Sequence[ConfirmationRow],
     now: datetime,
+    spent: Sequence[CostRow] = (),
 ) -> admin_pb2.RoundFacts:
     """Everything about one round; who objects to its result stands in ``why`` as well."""
     traffic = {
@@ -98,6 +109,18 @@ def round_facts(
         metrics=row.metrics or {},
         next_snapshot=row.next_snapshot or b"",
         transcript=row.transcript or "",
+        resources=[
+            accounting_pb2.NodeResources(
+                node=cost.node,
+                used=accounting_pb2.Resources(
+                    gpu_ms=cost.gpu_ms,
+                    cpu_ms=cost.cpu_ms,
+                    energy_mwh=cost.energy_mwh,
+                    source=cost.source,
+                ),
+            )
+            for cost in spent
+        ],
     )
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
+from infra.runs.costs import Prices, RoundUsed, Used, read_prices, read_used, summed_of
 from infra.runs.spent import Spent, read_spent, spent_to_json
 from protocols.gen import admin_pb2
 from protocols.identifiers import RoundId
@@ -89,6 +90,19 @@ class RoundReport:
     next_snapshot: bytes | None  # canonical document of the next model, once there is one
     attempt: int = 0  # of the sum, from 1; 0: none has begun, or the round ended without a sum
     roster: tuple[str, ...] = ()  # all nodes of the plan, ascending; empty: not known
+    used: Mapping[str, Used] = field(default_factory=dict)  # what each node says it cost
+
+    @property
+    def costs(self) -> RoundUsed:
+        """What it cost, as far as it is said."""
+        summed, over = summed_of(dict(self.metrics))
+        return RoundUsed(
+            number=self.round.number,
+            survivors=self.survivors if self.released else (),
+            used=dict(self.used),
+            summed=summed,
+            summed_over=over,
+        )
 
     @property
     def released(self) -> bool:
@@ -159,6 +173,7 @@ class RunReport:
     mode: str = ""  # of the sum; empty: not known
     promise: str = ""  # what the mode promises, in a few words
     spent: tuple[Spent, ...] = ()  # of each institution; empty: nothing is private
+    prices: Prices | None = None  # None: the coordinator has none
 
     @property
     def ended(self) -> bool:
@@ -253,6 +268,7 @@ def read_round_facts(facts: admin_pb2.RoundFacts, roster: tuple[str, ...] = ()) 
         next_snapshot=facts.next_snapshot or None,
         attempt=int(view.attempt),
         roster=roster,
+        used=read_used(facts),
     )
 
 
@@ -275,6 +291,7 @@ def read_run_facts(facts: admin_pb2.RunFacts) -> RunReport:
         mode=plan.mode if plan else "",
         promise=promise(plan) if plan else "",
         spent=read_spent(facts.privacy),
+        prices=read_prices(facts),
     )
 
 
@@ -285,7 +302,17 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def round_to_json(report: RoundReport) -> dict[str, Any]:
+def _costs(report: RoundReport, prices: Prices | None) -> dict[str, Any]:
+    costs = report.costs
+    return {
+        "nodes": {node: used.to_json(prices) for node, used in sorted(costs.used.items())},
+        "not_reported": sorted(set(costs.survivors) - set(costs.used)),
+        "in_the_sum": None if costs.summed is None else costs.summed.to_json(prices),
+        "in_the_sum_of_nodes": costs.summed_over,
+    }
+
+
+def round_to_json(report: RoundReport, prices: Prices | None = None) -> dict[str, Any]:
     """Facts of a round; times are UTC, ISO 8601; figures carry their unit in the name."""
     return {
         "round": str(report.round),
@@ -314,6 +341,7 @@ def round_to_json(report: RoundReport) -> dict[str, Any]:
         },
         "training_loss_nats_per_token": _rounded(report.training_loss, 6),
         "metrics": dict(sorted(report.metrics.items())),
+        "costs": _costs(report, prices),
         "traffic": [
             {
                 "node": entry.node,
@@ -338,7 +366,7 @@ def run_to_json(report: RunReport) -> dict[str, Any]:
         "plan_digest": report.plan_digest,
         "submitted_at": report.submitted_at.isoformat(),
         "rounds_planned": report.rounds_planned,
-        "rounds": [round_to_json(round_) for round_ in report.rounds],
+        "rounds": [round_to_json(round_, report.prices) for round_ in report.rounds],
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 from rich import box
@@ -15,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from infra.runs.costs import Line, Prices, Used, by_institution, by_round
 from infra.runs.facts import RoundReport, RunReport, Traffic, human_bytes, sparkline
 from infra.runs.spent import spent_table
 from protocols.gen import rounds_pb2
@@ -196,6 +198,53 @@ def traffic_table(rounds: Sequence[RoundReport]) -> Sheet:
     return made
 
 
+def costs_table(run: RunReport) -> RenderableType | None:
+    """What the run cost, by institution and by round; None where nobody says anything."""
+    rounds = [round_.costs for round_ in run.rounds if round_.released or round_.used]
+    if not any(round_.used or round_.summed is not None for round_ in rounds):
+        return None
+    money = (f"cost ({run.prices.currency})",) if run.prices else ()
+    columns = ("GPU hours", "CPU hours", "kWh", *money)
+    title = "Costs, as the institutions claim them"
+    made = Sheet(title, ("", "energy", "reported", *columns), text_columns=3)
+    for line in by_institution(rounds):
+        _cost_row(made, line, run.prices)
+    made.line()
+    if len(rounds) > 1:
+        for line in by_round(rounds):
+            _cost_row(made, replace(line, name=f"round {line.name}"), run.prices)
+        made.line()
+    lines = by_institution(rounds)
+    total = Line(
+        name="all",
+        used=sum((line.used for line in lines), Used()),
+        reported=sum(line.reported for line in lines),
+        expected=sum(line.expected for line in lines),
+    )
+    _cost_row(made, total, run.prices)
+    summed = [round_ for round_ in rounds if round_.summed is not None]
+    if summed:
+        over = sum(round_.summed_over for round_ in summed)
+        used = sum((round_.summed for round_ in summed if round_.summed is not None), Used())
+        of = sum(len(round_.survivors) for round_ in summed)
+        line = Line(name="in the sums", used=used, reported=over, expected=of)
+        _cost_row(made, line, run.prices)
+    return made
+
+
+def _cost_row(sheet: Sheet, line: Line, prices: Prices | None) -> None:
+    if not line.reported:
+        nothing = ("-",) * (4 if prices else 3)
+        sheet.row(line.name, "-", "not reported", *nothing)
+        return
+    used = line.used
+    told = f"{line.reported} of {line.expected}"
+    cost = (figure(used.money(prices), 2),) if prices else ()
+    energy = figure(used.kwh, 4) if used.energy_source != "none" else "-"
+    hours = (figure(used.gpu_hours, 4), figure(used.cpu_hours, 4))
+    sheet.row(line.name, used.energy_source, told, *hours, energy, *cost)
+
+
 def run_view(run: RunReport) -> RenderableType:
     """Everything about a run."""
     head = Text.assemble((run.run, "bold"), f"  {run.status}")
@@ -220,6 +269,9 @@ def run_view(run: RunReport) -> RenderableType:
     spent = spent_table(run.spent)
     if spent is not None:
         parts.append(spent)
+    costs = costs_table(run)
+    if costs is not None:
+        parts.append(costs)
     current = run.current
     if current is not None:
         parts.append(Text(f"{current.round} {current.phase}: {current.why}"))

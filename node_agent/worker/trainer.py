@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,15 @@ from node_agent.resident import (
     JobFailedError,
     JobInterruptedError,
 )
-from node_agent.spool import Evaluation, Job, Result, Spool, StatusWriter
+from node_agent.spool import (
+    Evaluation,
+    Job,
+    Result,
+    Spool,
+    StatusWriter,
+    keep_spent,
+    read_spent,
+)
 from node_agent.worker.agreement import Gate, agree
 from node_agent.worker.data import Corpus, HeldOut, find_files, held_out, index_corpus
 from node_agent.worker.distributed import Ranks
@@ -38,6 +47,7 @@ from node_agent.worker.local_step import Limits
 from node_agent.worker.model import ModelError, ResidentModel
 from node_agent.worker.private_path import Way
 from node_agent.worker.records import Records
+from node_agent.worker.resources import Meter, energy_counter
 from node_agent.worker.state import Memory, Progress
 from node_agent.worker.task import Brief, Task
 from protocols.plan import Plan
@@ -70,6 +80,7 @@ class Trainer:
         self._model_key: Any = None
         self._corpora: dict[Any, Corpus] = {}
         self._memory: Memory | None = None
+        self._energy = energy_counter(ranks.device)
         self._threads = torch.get_num_threads()  # what a job without its own number gets
 
     # -- the ranks' conversation -----------------------------------------------------------------
@@ -160,6 +171,21 @@ class Trainer:
     # -- one job on every rank -------------------------------------------------------------------
 
     def _run(self, brief: Brief, context: JobContext | None) -> Result:
+        """Do a job and count what it uses; what an interrupted one used is kept for its end."""
+        meter, name = Meter(self._ranks, self._energy), brief.job.id
+        try:
+            result = self._do(brief, context)
+        except JobInterruptedError:
+            spent = meter.read()
+            if context is not None:
+                with suppress(OSError):  # a figure is no reason to fail
+                    keep_spent(self._spool, name, spent)
+            raise
+        spent = meter.read()
+        before = read_spent(self._spool, name) if context is not None else None
+        return result.model_copy(update={"spent": spent if before is None else before + spent})
+
+    def _do(self, brief: Brief, context: JobContext | None) -> Result:
         job, ranks = brief.job, self._ranks
         torch.set_num_threads(job.threads or self._threads)
         model = self._resident(brief)

@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protocols.gen import accounting_pb2 as accounting__pb2
 from protocols.gen import rounds_pb2 as rounds__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0b\x61\x64min.proto\x12\x08minga.v1\x1a\x0crounds.proto\"9\n\rInviteRequest\x12\x13\n\x0binstitution\x18\x01 \x01(\t\x12\x13\n\x0bvalid_hours\x18\x02 \x01(\r\"6\n\x0eInviteResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x15\n\rexpires_at_ms\x18\x02 \x01(\x03\"\x12\n\x10ListNodesRequest\"\xd6\x01\n\tNodeFacts\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x16\n\x0e\x65nrolled_at_ms\x18\x03 \x01(\x03\x12\x1c\n\x14\x63\x65rtificate_until_ms\x18\x04 \x01(\x03\x12\x14\n\x0clast_seen_ms\x18\x05 \x01(\x03\x12\r\n\x05state\x18\x06 \x01(\t\x12\x15\n\ragent_version\x18\x07 \x01(\t\x12$\n\x08progress\x18\x08 \x03(\x0b\x32\x12.minga.v1.Progress\x12\x13\n\x0bsigning_key\x18\t \x01(\x0c\"7\n\x11ListNodesResponse\x12\"\n\x05nodes\x18\x01 \x03(\x0b\x32\x13.minga.v1.NodeFacts\"^\n\x10SubmitRunRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x10\n\x08snapshot\x18\x02 \x01(\x0c\x12\x0f\n\x07request\x18\x03 \x01(\x0c\x12\x19\n\x11request_signature\x18\x04 \x01(\x0c\"\x11\n\x0fListRunsRequest\"4\n\x10ListRunsResponse\x12 \n\x04runs\x18\x01 \x03(\x0b\x32\x12.minga.v1.RunFacts\"\x1d\n\x0eShowRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\xd7\x01\n\x08RunFacts\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\x13\n\x0bplan_digest\x18\x04 \x01(\t\x12\x17\n\x0fsubmitted_at_ms\x18\x05 \x01(\x03\x12\x16\n\x0erounds_planned\x18\x06 \x01(\r\x12$\n\x06rounds\x18\x07 \x03(\x0b\x32\x14.minga.v1.RoundFacts\x12\x0c\n\x04plan\x18\x08 \x01(\x0c\x12%\n\x07privacy\x18\t \x03(\x0b\x32\x14.minga.v1.SpendFacts\"\x9b\x01\n\nSpendFacts\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x0f\n\x07\x65psilon\x18\x05 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x06 \x01(\t\x12\x0e\n\x06\x62udget\x18\x07 \x01(\t\x12\x13\n\x0brounds_left\x18\x08 \x01(\r\x12\x0b\n\x03why\x18\t \x01(\t\"1\n\tPhaseTime\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x15\n\rentered_at_ms\x18\x02 \x01(\x03\"T\n\x0bNodeTraffic\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08\x62ytes_up\x18\x02 \x01(\x04\x12\x12\n\nbytes_down\x18\x03 \x01(\x04\x12\x11\n\tconfirmed\x18\x04 \x01(\t\"\xe1\x02\n\nRoundFacts\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\"\n\x05phase\x18\x02 \x01(\x0b\x32\x13.minga.v1.PhaseView\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x15\n\rmodel_root_in\x18\x04 \x01(\t\x12\"\n\x05times\x18\x05 \x03(\x0b\x32\x13.minga.v1.PhaseTime\x12&\n\x07traffic\x18\x06 \x03(\x0b\x32\x15.minga.v1.NodeTraffic\x12\x32\n\x07metrics\x18\x07 \x03(\x0b\x32!.minga.v1.RoundFacts.MetricsEntry\x12\x15\n\rnext_snapshot\x18\x08 \x01(\x0c\x12\r\n\x05index\x18\t \x01(\r\x12\x12\n\ntranscript\x18\n \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"-\n\x0fWatchRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\x8b\x01\n\x0cHistoryEntry\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x03\x12!\n\x05round\x18\x03 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x13\n\x0btransaction\x18\x04 \x01(\t\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x0b\n\x03why\x18\x06 \x01(\t\x12\x0c\n\x04node\x18\x07 \x01(\t\"/\n\nWhyRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\"y\n\x0bWhyResponse\x12\"\n\x05phase\x18\x01 \x01(\x0b\x32\x13.minga.v1.PhaseView\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x13\n\x0bwaiting_for\x18\x03 \x03(\t\x12$\n\x08progress\x18\x04 \x03(\x0b\x32\x12.minga.v1.Progress\"-\n\x0eStopRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t2\xf1\x03\n\x05\x41\x64min\x12;\n\x06Invite\x12\x17.minga.v1.InviteRequest\x1a\x18.minga.v1.InviteResponse\x12\x44\n\tListNodes\x12\x1a.minga.v1.ListNodesRequest\x1a\x1b.minga.v1.ListNodesResponse\x12;\n\tSubmitRun\x12\x1a.minga.v1.SubmitRunRequest\x1a\x12.minga.v1.RunFacts\x12\x41\n\x08ListRuns\x12\x19.minga.v1.ListRunsRequest\x1a\x1a.minga.v1.ListRunsResponse\x12\x37\n\x07ShowRun\x12\x18.minga.v1.ShowRunRequest\x1a\x12.minga.v1.RunFacts\x12?\n\x08WatchRun\x12\x19.minga.v1.WatchRunRequest\x1a\x16.minga.v1.HistoryEntry0\x01\x12\x32\n\x03Why\x12\x14.minga.v1.WhyRequest\x1a\x15.minga.v1.WhyResponse\x12\x37\n\x07StopRun\x12\x18.minga.v1.StopRunRequest\x1a\x12.minga.v1.RunFactsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0b\x61\x64min.proto\x12\x08minga.v1\x1a\x10\x61\x63\x63ounting.proto\x1a\x0crounds.proto\"9\n\rInviteRequest\x12\x13\n\x0binstitution\x18\x01 \x01(\t\x12\x13\n\x0bvalid_hours\x18\x02 \x01(\r\"6\n\x0eInviteResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x15\n\rexpires_at_ms\x18\x02 \x01(\x03\"\x12\n\x10ListNodesRequest\"\xd6\x01\n\tNodeFacts\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x16\n\x0e\x65nrolled_at_ms\x18\x03 \x01(\x03\x12\x1c\n\x14\x63\x65rtificate_until_ms\x18\x04 \x01(\x03\x12\x14\n\x0clast_seen_ms\x18\x05 \x01(\x03\x12\r\n\x05state\x18\x06 \x01(\t\x12\x15\n\ragent_version\x18\x07 \x01(\t\x12$\n\x08progress\x18\x08 \x03(\x0b\x32\x12.minga.v1.Progress\x12\x13\n\x0bsigning_key\x18\t \x01(\x0c\"7\n\x11ListNodesResponse\x12\"\n\x05nodes\x18\x01 \x03(\x0b\x32\x13.minga.v1.NodeFacts\"^\n\x10SubmitRunRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x10\n\x08snapshot\x18\x02 \x01(\x0c\x12\x0f\n\x07request\x18\x03 \x01(\x0c\x12\x19\n\x11request_signature\x18\x04 \x01(\x0c\"\x11\n\x0fListRunsRequest\"4\n\x10ListRunsResponse\x12 \n\x04runs\x18\x01 \x03(\x0b\x32\x12.minga.v1.RunFacts\"\x1d\n\x0eShowRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\xf9\x01\n\x08RunFacts\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\x13\n\x0bplan_digest\x18\x04 \x01(\t\x12\x17\n\x0fsubmitted_at_ms\x18\x05 \x01(\x03\x12\x16\n\x0erounds_planned\x18\x06 \x01(\r\x12$\n\x06rounds\x18\x07 \x03(\x0b\x32\x14.minga.v1.RoundFacts\x12\x0c\n\x04plan\x18\x08 \x01(\x0c\x12%\n\x07privacy\x18\t \x03(\x0b\x32\x14.minga.v1.SpendFacts\x12 \n\x06prices\x18\n \x01(\x0b\x32\x10.minga.v1.Prices\"\x9b\x01\n\nSpendFacts\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x0f\n\x07\x65psilon\x18\x05 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x06 \x01(\t\x12\x0e\n\x06\x62udget\x18\x07 \x01(\t\x12\x13\n\x0brounds_left\x18\x08 \x01(\r\x12\x0b\n\x03why\x18\t \x01(\t\"1\n\tPhaseTime\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x15\n\rentered_at_ms\x18\x02 \x01(\x03\"T\n\x0bNodeTraffic\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08\x62ytes_up\x18\x02 \x01(\x04\x12\x12\n\nbytes_down\x18\x03 \x01(\x04\x12\x11\n\tconfirmed\x18\x04 \x01(\t\"\x8d\x03\n\nRoundFacts\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\"\n\x05phase\x18\x02 \x01(\x0b\x32\x13.minga.v1.PhaseView\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x15\n\rmodel_root_in\x18\x04 \x01(\t\x12\"\n\x05times\x18\x05 \x03(\x0b\x32\x13.minga.v1.PhaseTime\x12&\n\x07traffic\x18\x06 \x03(\x0b\x32\x15.minga.v1.NodeTraffic\x12\x32\n\x07metrics\x18\x07 \x03(\x0b\x32!.minga.v1.RoundFacts.MetricsEntry\x12\x15\n\rnext_snapshot\x18\x08 \x01(\x0c\x12\r\n\x05index\x18\t \x01(\r\x12\x12\n\ntranscript\x18\n \x01(\t\x12*\n\tresources\x18\x0b \x03(\x0b\x32\x17.minga.v1.NodeResources\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"-\n\x0fWatchRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\x8b\x01\n\x0cHistoryEntry\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x03\x12!\n\x05round\x18\x03 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x13\n\x0btransaction\x18\x04 \x01(\t\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x0b\n\x03why\x18\x06 \x01(\t\x12\x0c\n\x04node\x18\x07 \x01(\t\"/\n\nWhyRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\"y\n\x0bWhyResponse\x12\"\n\x05phase\x18\x01 \x01(\x0b\x32\x13.minga.v1.PhaseView\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x13\n\x0bwaiting_for\x18\x03 \x03(\t\x12$\n\x08progress\x18\x04 \x03(\x0b\x32\x12.minga.v1.Progress\"-\n\x0eStopRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t2\xf1\x03\n\x05\x41\x64min\x12;\n\x06Invite\x12\x17.minga.v1.InviteRequest\x1a\x18.minga.v1.InviteResponse\x12\x44\n\tListNodes\x12\x1a.minga.v1.ListNodesRequest\x1a\x1b.minga.v1.ListNodesResponse\x12;\n\tSubmitRun\x12\x1a.minga.v1.SubmitRunRequest\x1a\x12.minga.v1.RunFacts\x12\x41\n\x08ListRuns\x12\x19.minga.v1.ListRunsRequest\x1a\x1a.minga.v1.ListRunsResponse\x12\x37\n\x07ShowRun\x12\x18.minga.v1.ShowRunRequest\x1a\x12.minga.v1.RunFacts\x12?\n\x08WatchRun\x12\x19.minga.v1.WatchRunRequest\x1a\x16.minga.v1.HistoryEntry0\x01\x12\x32\n\x03Why\x12\x14.minga.v1.WhyRequest\x1a\x15.minga.v1.WhyResponse\x12\x37\n\x07StopRun\x12\x18.minga.v1.StopRunRequest\x1a\x12.minga.v1.RunFactsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,46 +35,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUNDFACTS_METRICSENTRY']._loaded_options = None
   _globals['_ROUNDFACTS_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_INVITEREQUEST']._serialized_start=39
-  _globals['_INVITEREQUEST']._serialized_end=96
-  _globals['_INVITERESPONSE']._serialized_start=98
-  _globals['_INVITERESPONSE']._serialized_end=152
-  _globals['_LISTNODESREQUEST']._serialized_start=154
-  _globals['_LISTNODESREQUEST']._serialized_end=172
-  _globals['_NODEFACTS']._serialized_start=175
-  _globals['_NODEFACTS']._serialized_end=389
-  _globals['_LISTNODESRESPONSE']._serialized_start=391
-  _globals['_LISTNODESRESPONSE']._serialized_end=446
-  _globals['_SUBMITRUNREQUEST']._serialized_start=448
-  _globals['_SUBMITRUNREQUEST']._serialized_end=542
-  _globals['_LISTRUNSREQUEST']._serialized_start=544
-  _globals['_LISTRUNSREQUEST']._serialized_end=561
-  _globals['_LISTRUNSRESPONSE']._serialized_start=563
-  _globals['_LISTRUNSRESPONSE']._serialized_end=615
-  _globals['_SHOWRUNREQUEST']._serialized_start=617
-  _globals['_SHOWRUNREQUEST']._serialized_end=646
-  _globals['_RUNFACTS']._serialized_start=649
-  _globals['_RUNFACTS']._serialized_end=864
-  _globals['_SPENDFACTS']._serialized_start=867
-  _globals['_SPENDFACTS']._serialized_end=1022
-  _globals['_PHASETIME']._serialized_start=1024
-  _globals['_PHASETIME']._serialized_end=1073
-  _globals['_NODETRAFFIC']._serialized_start=1075
-  _globals['_NODETRAFFIC']._serialized_end=1159
-  _globals['_ROUNDFACTS']._serialized_start=1162
-  _globals['_ROUNDFACTS']._serialized_end=1515
-  _globals['_ROUNDFACTS_METRICSENTRY']._serialized_start=1469
-  _globals['_ROUNDFACTS_METRICSENTRY']._serialized_end=1515
-  _globals['_WATCHRUNREQUEST']._serialized_start=1517
-  _globals['_WATCHRUNREQUEST']._serialized_end=1562
-  _globals['_HISTORYENTRY']._serialized_start=1565
-  _globals['_HISTORYENTRY']._serialized_end=1704
-  _globals['_WHYREQUEST']._serialized_start=1706
-  _globals['_WHYREQUEST']._serialized_end=1753
-  _globals['_WHYRESPONSE']._serialized_start=1755
-  _globals['_WHYRESPONSE']._serialized_end=1876
-  _globals['_STOPRUNREQUEST']._serialized_start=1878
-  _globals['_STOPRUNREQUEST']._serialized_end=1923
-  _globals['_ADMIN']._serialized_start=1926
-  _globals['_ADMIN']._serialized_end=2423
+  _globals['_INVITEREQUEST']._serialized_start=57
+  _globals['_INVITEREQUEST']._serialized_end=114
+  _globals['_INVITERESPONSE']._serialized_start=116
+  _globals['_INVITERESPONSE']._serialized_end=170
+  _globals['_LISTNODESREQUEST']._serialized_start=172
+  _globals['_LISTNODESREQUEST']._serialized_end=190
+  _globals['_NODEFACTS']._serialized_start=193
+  _globals['_NODEFACTS']._serialized_end=407
+  _globals['_LISTNODESRESPONSE']._serialized_start=409
+  _globals['_LISTNODESRESPONSE']._serialized_end=464
+  _globals['_SUBMITRUNREQUEST']._serialized_start=466
+  _globals['_SUBMITRUNREQUEST']._serialized_end=560
+  _globals['_LISTRUNSREQUEST']._serialized_start=562
+  _globals['_LISTRUNSREQUEST']._serialized_end=579
+  _globals['_LISTRUNSRESPONSE']._serialized_start=581
+  _globals['_LISTRUNSRESPONSE']._serialized_end=633
+  _globals['_SHOWRUNREQUEST']._serialized_start=635
+  _globals['_SHOWRUNREQUEST']._serialized_end=664
+  _globals['_RUNFACTS']._serialized_start=667
+  _globals['_RUNFACTS']._serialized_end=916
+  _globals['_SPENDFACTS']._serialized_start=919
+  _globals['_SPENDFACTS']._serialized_end=1074
+  _globals['_PHASETIME']._serialized_start=1076
+  _globals['_PHASETIME']._serialized_end=1125
+  _globals['_NODETRAFFIC']._serialized_start=1127
+  _globals['_NODETRAFFIC']._serialized_end=1211
+  _globals['_ROUNDFACTS']._serialized_start=1214
+  _globals['_ROUNDFACTS']._serialized_end=1611
+  _globals['_ROUNDFACTS_METRICSENTRY']._serialized_start=1565
+  _globals['_ROUNDFACTS_METRICSENTRY']._serialized_end=1611
+  _globals['_WATCHRUNREQUEST']._serialized_start=1613
+  _globals['_WATCHRUNREQUEST']._serialized_end=1658
+  _globals['_HISTORYENTRY']._serialized_start=1661
+  _globals['_HISTORYENTRY']._serialized_end=1800
+  _globals['_WHYREQUEST']._serialized_start=1802
+  _globals['_WHYREQUEST']._serialized_end=1849
+  _globals['_WHYRESPONSE']._serialized_start=1851
+  _globals['_WHYRESPONSE']._serialized_end=1972
+  _globals['_STOPRUNREQUEST']._serialized_start=1974
+  _globals['_STOPRUNREQUEST']._serialized_end=2019
+  _globals['_ADMIN']._serialized_start=2022
+  _globals['_ADMIN']._serialized_end=2519
 # @@protoc_insertion_point(module_scope)

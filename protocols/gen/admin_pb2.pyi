@@ -1,3 +1,4 @@
+from protocols.gen import accounting_pb2 as _accounting_pb2
 from protocols.gen import rounds_pb2 as _rounds_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -84,7 +85,7 @@ class ShowRunRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ...) -> None: ...
 
 class RunFacts(_message.Message):
-    __slots__ = ("run", "title", "status", "plan_digest", "submitted_at_ms", "rounds_planned", "rounds", "plan", "privacy")
+    __slots__ = ("run", "title", "status", "plan_digest", "submitted_at_ms", "rounds_planned", "rounds", "plan", "privacy", "prices")
     RUN_FIELD_NUMBER: _ClassVar[int]
     TITLE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +95,7 @@ class RunFacts(_message.Message):
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     PRIVACY_FIELD_NUMBER: _ClassVar[int]
+    PRICES_FIELD_NUMBER: _ClassVar[int]
     run: str
     title: str
     status: str
@@ -103,7 +105,8 @@ class RunFacts(_message.Message):
     rounds: _containers.RepeatedCompositeFieldContainer[RoundFacts]
     plan: bytes
     privacy: _containers.RepeatedCompositeFieldContainer[SpendFacts]
-    def __init__(self, run: _Optional[str] = ..., title: _Optional[str] = ..., status: _Optional[str] = ..., plan_digest: _Optional[str] = ..., submitted_at_ms: _Optional[int] = ..., rounds_planned: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundFacts, _Mapping]]] = ..., plan: _Optional[bytes] = ..., privacy: _Optional[_Iterable[_Union[SpendFacts, _Mapping]]] = ...) -> None: ...
+    prices: _accounting_pb2.Prices
+    def __init__(self, run: _Optional[str] = ..., title: _Optional[str] = ..., status: _Optional[str] = ..., plan_digest: _Optional[str] = ..., submitted_at_ms: _Optional[int] = ..., rounds_planned: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundFacts, _Mapping]]] = ..., plan: _Optional[bytes] = ..., privacy: _Optional[_Iterable[_Union[SpendFacts, _Mapping]]] = ..., prices: _Optional[_Union[_accounting_pb2.Prices, _Mapping]] = ...) -> None: ...
 
 class SpendFacts(_message.Message):
     __slots__ = ("node", "dataset", "unit", "rounds", "epsilon", "delta", "budget", "rounds_left", "why")
@@ -148,7 +151,7 @@ class NodeTraffic(_message.Message):
     def __init__(self, node: _Optional[str] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., confirmed: _Optional[str] = ...) -> None: ...
 
 class RoundFacts(_message.Message):
-    __slots__ = ("round", "phase", "why", "model_root_in", "times", "traffic", "metrics", "next_snapshot", "index", "transcript")
+    __slots__ = ("round", "phase", "why", "model_root_in", "times", "traffic", "metrics", "next_snapshot", "index", "transcript", "resources")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +169,7 @@ class RoundFacts(_message.Message):
     NEXT_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TRANSCRIPT_FIELD_NUMBER: _ClassVar[int]
+    RESOURCES_FIELD_NUMBER: _ClassVar[int]
     round: _rounds_pb2.RoundRef
     phase: _rounds_pb2.PhaseView
     why: str
@@ -176,7 +180,8 @@ class RoundFacts(_message.Message):
     next_snapshot: bytes
     index: int
     transcript: str
-    def __init__(self, round: _Optional[_Union[_rounds_pb2.RoundRef, _Mapping]] = ..., phase: _Optional[_Union[_rounds_pb2.PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., model_root_in: _Optional[str] = ..., times: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., traffic: _Optional[_Iterable[_Union[NodeTraffic, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, int]] = ..., next_snapshot: _Optional[bytes] = ..., index: _Optional[int] = ..., transcript: _Optional[str] = ...) -> None: ...
+    resources: _containers.RepeatedCompositeFieldContainer[_accounting_pb2.NodeResources]
+    def __init__(self, round: _Optional[_Union[_rounds_pb2.RoundRef, _Mapping]] = ..., phase: _Optional[_Union[_rounds_pb2.PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., model_root_in: _Optional[str] = ..., times: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., traffic: _Optional[_Iterable[_Union[NodeTraffic, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, int]] = ..., next_snapshot: _Optional[bytes] = ..., index: _Optional[int] = ..., transcript: _Optional[str] = ..., resources: _Optional[_Iterable[_Union[_accounting_pb2.NodeResources, _Mapping]]] = ...) -> None: ...
 
 class WatchRunRequest(_message.Message):
     __slots__ = ("run", "after")

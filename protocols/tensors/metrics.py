@@ -28,14 +28,19 @@ BASE_METRICS: Final = (
     "clamped",  # model coordinates that hit the clamp limit
 )
 PER_LANGUAGE: Final = ("nll_millinats", "bytes", "documents")  # the round's starting model
+RESOURCE_METRICS: Final = (  # where the plan sums what local steps cost
+    "gpu_ms",  # devices held
+    "cpu_ms",
+    "energy_mwh",  # milliwatt hours, measured or estimated by the sites
+    "reporting",  # 1 from every node that fills these in
+)
 METRIC_BOUND: Final = 2 ** (8 * LIMBS)
 
 
-def metric_names(languages: Sequence[str]) -> tuple[str, ...]:
+def metric_names(languages: Sequence[str], *, resources: bool = False) -> tuple[str, ...]:
     """Names of a round's metrics, in the order in which they stand in the vector."""
-    return BASE_METRICS + tuple(
-        f"{name}/{language}" for language in languages for name in PER_LANGUAGE
-    )
+    by_language = tuple(f"{name}/{language}" for language in languages for name in PER_LANGUAGE)
+    return BASE_METRICS + by_language + (RESOURCE_METRICS if resources else ())
 
 
 def encode_metrics(values: Mapping[str, int], names: Sequence[str]) -> NDArray[np.int32]:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from coordinator.ca import CertificateAuthority, new_tls_key
 from protocols.crypto.identity import Identity
 from protocols.enrolment import Invitation
-from protocols.gen import admin_pb2, bulk_pb2, enrolment_pb2, rounds_pb2
+from protocols.gen import accounting_pb2, admin_pb2, bulk_pb2, enrolment_pb2, rounds_pb2
 from protocols.identifiers import Digest, FederationId, NodeId
 from protocols.round_vector import round_ring
 from protocols.rounds import Uploading
@@ -496,3 +496,39 @@ def test_an_operator_puts_a_blob_and_may_put_it_again(door):
     assert put(0) == len(data)
     assert operator.bulk.BeginPut(info, timeout=10).complete
     assert door.parts.blobs.has(Digest(root.hex()))
+
+
+# -- what local steps cost -----------------------------------------------------------------------
+
+
+def cost(number=0, **used):
+    figures = {"gpu_ms": 5, "cpu_ms": 6, "energy_mwh": 7, "source": "measured"} | used
+    return accounting_pb2.ReportRequest(
+        round=rounds_pb2.RoundRef(run="r1", number=number),
+        used=accounting_pb2.Resources(**figures),
+    )
+
+
+def test_the_first_report_of_what_a_round_cost_stands(door):
+    door.open_round(door.make_run())
+    node = door.enrol("a")
+    for gpu in (5, 5, 9):
+        node.accounting.Report(cost(gpu_ms=gpu), timeout=10)
+
+    facts = door.operator().admin.ShowRun(admin_pb2.ShowRunRequest(run="r1"), timeout=10)
+    (used,) = [entry for round_ in facts.rounds for entry in round_.resources]
+    assert (used.node, used.used.gpu_ms, used.used.source) == ("a", 5, "measured")
+    assert not facts.HasField("prices")
+
+
+def test_a_cost_that_is_none_is_refused(door):
+    door.open_round(door.make_run())
+    node = door.enrol("a")
+    with refused("INVALID_ARGUMENT", "malformed", "measured | estimated | none"):
+        node.accounting.Report(cost(source="guessed"), timeout=10)
+    with refused("INVALID_ARGUMENT", "malformed", "energy_mwh must be below"):
+        node.accounting.Report(cost(energy_mwh=2**48), timeout=10)
+    with refused("NOT_FOUND", "not_found"):
+        node.accounting.Report(cost(number=7), timeout=10)
+    with refused("PERMISSION_DENIED", "not_permitted"):  # figures are a node's own
+        door.operator().accounting.Report(cost(), timeout=10)

@@ -144,13 +144,17 @@ def confirmed(report: RunReport) -> bool:
 
 def test_a_run_with_a_resident_worker(bench):
     bench.behave("well")
-    run = bench.federation.submit("plain", rounds=3, local_step=TRAINS)
+    vector = {"scale": {"mode": "fixed", "exponent": 10}, "resources": True}
+    run = bench.federation.submit("plain", rounds=3, local_step=TRAINS, vector=vector)
 
     report = bench.until(run, confirmed)
 
     assert report.status == "done"
     assert [round_.metrics["tokens"] for round_ in report.released] == [20, 20, 20]
     assert bench.starts == 1  # one worker served all rounds
+    for round_ in report.released:  # what it cost: named, and in the sum
+        assert round_.used[NODE].gpu_ms == 3000
+        assert (round_.metrics["gpu_ms"], round_.metrics["reporting"]) == (3000, 1)
     bench.until(run, lambda _: True)  # it may have been stopped before it had tidied up
     assert list((bench.spool.root / "out").iterdir()) == []  # nothing is left of what is over
     assert list(bench.folder.uploads.iterdir()) == []

@@ -34,6 +34,7 @@ from protocols.crypto.identity import Identity, spki_digest
 from protocols.crypto.signatures import Context, sign
 from protocols.enrolment import enrolment_proof_body
 from protocols.gen import (
+    accounting_pb2_grpc,
     admin_pb2_grpc,
     bulk_pb2_grpc,
     enrolment_pb2,
@@ -91,6 +92,7 @@ class Client:
         self.rounds = rounds_pb2_grpc.RoundsStub(self.channel)
         self.admin = admin_pb2_grpc.AdminStub(self.channel)
         self.renewal = enrolment_pb2_grpc.RenewalStub(self.channel)
+        self.accounting = accounting_pb2_grpc.AccountingStub(self.channel)
         self.trust = trust_pb2_grpc.TrustStub(self.channel)
 
     def append(self, upload_id: bytes, offset: int, messages: list[bytes], **kwargs: Any) -> int:

@@ -35,6 +35,7 @@ from node_agent.resident import Process
 from node_agent.spool import (
     Job,
     Result,
+    Spent,
     Spool,
     StatusWriter,
     WorkerInfo,
@@ -128,6 +129,7 @@ def answer(spool: Spool, job: Job, how: str) -> None:
         delta_coordinates=count,
         delta_norm=1.0,
         device="none",
+        spent=Spent(gpu_seconds=3.0, cpu_seconds=2.0),
     )
     atomic_write(spool.result(job.id), result.to_bytes())
 

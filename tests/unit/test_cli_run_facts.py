@@ -80,18 +80,21 @@ def round_facts(number: int, *, bits: float, **phase) -> admin_pb2.RoundFacts:
     )
 
 
-def run_facts(*rounds: admin_pb2.RoundFacts, status: str = "done") -> RunReport:
-    return read_run_facts(
-        admin_pb2.RunFacts(
-            run="andes-7",
-            title="a title",
-            status=status,
-            plan_digest="d" * 64,
-            submitted_at_ms=ms(-5),
-            rounds_planned=2,
-            rounds=rounds,
-        )
+def answer(*rounds: admin_pb2.RoundFacts, status: str = "done") -> admin_pb2.RunFacts:
+    """What the coordinator says of a run."""
+    return admin_pb2.RunFacts(
+        run="andes-7",
+        title="a title",
+        status=status,
+        plan_digest="d" * 64,
+        submitted_at_ms=ms(-5),
+        rounds_planned=2,
+        rounds=rounds,
     )
+
+
+def run_facts(*rounds: admin_pb2.RoundFacts, status: str = "done") -> RunReport:
+    return read_run_facts(answer(*rounds, status=status))
 
 
 def test_bits_per_byte_is_nats_over_log_two_over_bytes():
