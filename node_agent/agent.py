@@ -39,6 +39,7 @@ from node_agent.decide import (
     forgotten,
 )
 from node_agent.enrol import renew, renewal_due
+from node_agent.governance import Governance
 from node_agent.housekeeping import tidy
 from node_agent.keys import TlsIdentity
 from node_agent.plan_check import check_plan, check_round
@@ -125,8 +126,10 @@ class Agent:
     _actor: Actor = field(init=False)
     _identity: TlsIdentity = field(init=False)
     _states: SecureStates = field(init=False)
+    _governance: Governance = field(init=False)
 
     def __post_init__(self) -> None:
+        self._governance = Governance(self.site)
         self._identity = self.site.keys.tls()
         self._states = SecureStates(self.site.folder.secagg, node=self.site.node)
         self._actor = Actor(
@@ -352,6 +355,8 @@ class Agent:
                     refusal = check_round(known.plan, seen, confirm)
                 if refusal is None and launcher is not None:
                     refusal = launcher.refusal(known.plan)
+                if refusal is None and waits is None:
+                    waits = self._governance.waits(known.plan)
             if record is not None and record.joined:
                 work = self._work(current.round, known.plan)
                 uploaded = self._uploaded(current, record)
@@ -425,7 +430,14 @@ class Agent:
             or check_roster(plan, site.node, self._own_key(), pinned)
             or consent.check_site(plan, site.config, self._site_facts())
             or check_budget(plan, site.config)
+            or self._governed(plan, seen)
         )
+
+    def _governed(self, plan: Plan, seen: RunSeen) -> Refusal | None:
+        """The consortium's policy and the site's own."""
+        runs = self._view.runs if self._view else (seen,)
+        index = seen.current.index if seen.current else 0
+        return self._governance.refusal(plan, seen, runs, index=index)
 
     def _own_key(self) -> bytes:
         return self.site.signing_key.public_key().public_bytes_raw()

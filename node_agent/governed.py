@@ -27,7 +27,7 @@ from node_agent.spool import atomic_write
 from policies.cedar.join import JoinFacts, decide_join
 from policies.consortium import ConsortiumPolicy
 from policies.decision import Allowed, Decision, Refused, Why, all_of, from_whys, refused
-from policies.overrides import Override, overridden_rules
+from policies.overrides import OVERRIDE_PREFIX, Override, overridden_rules
 from policies.plan_terms import Facts, Member, check_dataset, check_terms
 from policies.site import Dataset, check_hours
 from policies.site_check import SiteState, check_site_policy
@@ -40,7 +40,6 @@ from protocols.plan import Plan
 from protocols.plan_terms import Limits
 
 POLICY_TARGET: Final = "policy/consortium.json"
-OVERRIDE_PREFIX: Final = "policy/override-"
 APPROVAL: Final = "site.approval"
 # Rules that need to know what a round costs; asked again once the model's size is known.
 COST_RULES: Final = frozenset({"privacy.round", "site.epsilon"})

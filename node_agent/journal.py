@@ -291,6 +291,20 @@ class Journal:
         """Whether a vector was made in any attempt: something of it may have left."""
         return self._one(sa.select(_uploads.c.attempt).where(*_is(_uploads, round_))) is not None
 
+    def joins(self, since: datetime) -> tuple[tuple[RunId, int, datetime], ...]:
+        """Rounds that were joined from a time on (UTC): run, number, when; oldest first."""
+        query = (
+            sa.select(_rounds.c.run, _rounds.c.number, _rounds.c.decided_at)
+            .where(_rounds.c.joined, _rounds.c.decided_at >= int(since.timestamp() * 1000))
+            .order_by(_rounds.c.decided_at)
+        )
+        with self._errors(), self._engine.connect() as connection:
+            rows = connection.execute(query).all()
+        return tuple(
+            (RunId(row.run), row.number, datetime.fromtimestamp(row.decided_at / 1000, UTC))
+            for row in rows
+        )
+
     def add_decision(
         self, round_: RoundId, *, index: int, start_root: Digest, refusal: Refusal | None
     ) -> RoundRecord:

@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from policies.consortium import ConsortiumPolicy, never_overridable
-from policies.decision import Decision, Why, from_whys
+from policies.decision import Decision, Why, all_of, from_whys
 from policies.document import (
     FederationName,
     RuleId,
@@ -28,6 +28,7 @@ from protocols.canonical import canonical_bytes, sha256_hex
 from protocols.identifiers import Digest
 
 OVERRIDE_SCHEMA: Final = "minga.override/1"
+OVERRIDE_PREFIX: Final = "policy/override-"  # of its path in the trust repository
 PlainDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Rules that say who counts, or that a document is the one in force: an exception makes no sense.
 _STRUCTURAL: Final = (
@@ -68,30 +69,25 @@ class Override(Section):
         """SHA-256 of the bytes."""
         return sha256_hex(self.to_bytes())
 
+    @property
+    def path(self) -> str:
+        """Where the trust repository publishes it."""
+        return f"{OVERRIDE_PREFIX}{self.digest[:16]}.json"
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Override:
         """Read an override. Raises: MalformedMessageError."""
         return read_document(cls, data, "override")
 
 
-def check_override(
-    override: Override, policy: ConsortiumPolicy, *, signers: frozenset[str], now: datetime
-) -> Decision:
-    """Whether an override counts now.
+def check_override_terms(override: Override, policy: ConsortiumPolicy) -> Decision:
+    """Whether such an override could ever count, whoever signs it.
 
     override.never        the rule can never be overridden
     override.site         it names a site's rule
     override.rule         the rule is not one that a plan can break
     override.federation   it is of another federation
-    override.quorum       too few distinct admins of distinct institutions signed
     override.ttl          it lasts longer than the policy allows
-    override.expired, override.not_yet
-
-    Args:
-        override: as signed.
-        policy: in force.
-        signers: institutions whose admins' signatures were verified; each counts once.
-        now: UTC.
     """
     rules, whys = policy.governance.override, []
     if override.rule in never_overridable(policy):
@@ -102,21 +98,36 @@ def check_override(
         whys.append(Why("override.rule", f"{override.rule} is no rule that a plan can break"))
     if override.federation != policy.federation:
         whys.append(Why("override.federation", f"it is of federation {override.federation}"))
-    if len(signers) < rules.threshold:
-        whys.append(
-            Why(
-                "override.quorum",
-                f"admins of {len(signers)} institutions signed, {rules.threshold} must",
-            )
-        )
-    begins, ends = parse_utc(override.granted_at), parse_utc(override.expires)
-    if ends - begins > timedelta(hours=rules.ttl_hours):
+    lasts = parse_utc(override.expires) - parse_utc(override.granted_at)
+    if lasts > timedelta(hours=rules.ttl_hours):
         whys.append(Why("override.ttl", f"an override lasts {rules.ttl_hours} hours at most"))
-    if now < begins:
-        whys.append(Why("override.not_yet", f"it counts from {override.granted_at} on"))
-    if now >= ends:
-        whys.append(Why("override.expired", f"it expired at {override.expires}"))
     return from_whys(whys)
+
+
+def check_override(
+    override: Override, policy: ConsortiumPolicy, *, signers: frozenset[str], now: datetime
+) -> Decision:
+    """Whether an override counts now: its terms, and besides them
+
+    override.quorum       too few distinct admins of distinct institutions signed
+    override.expired, override.not_yet
+
+    Args:
+        override: as signed.
+        policy: in force.
+        signers: institutions whose admins' signatures were verified; each counts once.
+        now: UTC.
+    """
+    need, whys = policy.governance.override.threshold, []
+    if len(signers) < need:
+        whys.append(
+            Why("override.quorum", f"admins of {len(signers)} institutions signed, {need} must")
+        )
+    if now < parse_utc(override.granted_at):
+        whys.append(Why("override.not_yet", f"it counts from {override.granted_at} on"))
+    if now >= parse_utc(override.expires):
+        whys.append(Why("override.expired", f"it expired at {override.expires}"))
+    return all_of([check_override_terms(override, policy), from_whys(whys)])
 
 
 def overridden_rules(

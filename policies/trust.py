@@ -28,6 +28,7 @@ from tuf.api.metadata import Key, Metadata, Root, Targets
 from policies import changes as changes_of_policy
 from policies.consortium import ConsortiumPolicy, Decisions
 from policies.decision import Refused
+from policies.overrides import OVERRIDE_PREFIX, Override, check_override_terms
 from protocols.governance import roles
 from protocols.governance.building import apply_candidates
 from protocols.governance.documents import ADMINS, MEMBERS, Admins, Emergency, Institution, Members
@@ -174,7 +175,32 @@ def compare_documents(
             gone=new is None,
             fresh=old is None,
         )
+        if path.startswith(OVERRIDE_PREFIX):
+            changes.append(_override(path, new_documents, gone=new is None))
     return changes
+
+
+def _override(path: str, documents: Mapping[str, bytes], *, gone: bool) -> Change:
+    """An exception from a rule. One that could never count is not published at all.
+
+    Raises:
+        TrustRefusedError: with the rule of ``policies.overrides``.
+        MalformedMessageError: it cannot be read.
+    """
+    if gone:
+        return Change(kind="renew", role=roles.POLICY, words=f"withdraws the override {path}")
+    override = Override.from_bytes(documents[path])
+    policy = ConsortiumPolicy.from_bytes(documents.get(POLICY_DOCUMENT, b""))
+    answer = check_override_terms(override, policy)
+    if isinstance(answer, Refused):
+        raise TrustRefusedError(answer.first.reason, rule=answer.first.rule)
+    return Change(
+        kind="override",
+        role=roles.POLICY,
+        words=f"lets plan {override.plan[:12]}… past {override.rule} ({override.code}) until "
+        f"{override.expires}",
+        exactly=policy.governance.override.threshold,
+    )
 
 
 def _never() -> Target:
@@ -184,6 +210,8 @@ def _never() -> Target:
 def _compare_target(
     path: str, role: str, old: bytes | None, new: bytes | None, *, gone: bool, fresh: bool
 ) -> list[Change]:
+    if path.startswith(OVERRIDE_PREFIX):
+        return []  # ``_override`` reads it together with the policy
     verb = "withdraws" if gone else "publishes" if fresh else "replaces"
     if path == MEMBERS and new is not None:
         before = Members.from_bytes(old) if old is not None else None

@@ -16,6 +16,7 @@ from securesystemslib.signer import SSlibKey
 from tuf.api.metadata import Key, Metadata, Root, Targets
 
 from infra.admin.keys import Card
+from policies.overrides import Override
 from policies.trust import POLICY_DOCUMENT
 from protocols.errors import ConfigurationError, ExistsError, NotFoundError
 from protocols.governance import roles
@@ -247,6 +248,13 @@ def propose_policy(base: Base, documents: Mapping[str, bytes]) -> SigningRequest
     """A new policy, its rules, or the text of GOVERNANCE.md; by path."""
     title = "policy" if POLICY_DOCUMENT in documents else "governance"
     return propose_documents(base, roles.POLICY, title, put=documents)
+
+
+def propose_override(base: Base, override: Override) -> SigningRequest:
+    """Let one plan past one rule of the consortium, for a short time."""
+    title = f"override {override.rule}"
+    put = {override.path: override.to_bytes()}
+    return propose_documents(base, roles.POLICY, title, put=put)
 
 
 def propose_plan(base: Base, plan: Plan) -> SigningRequest:
