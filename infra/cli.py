@@ -51,6 +51,11 @@ GROUPS: Final[Mapping[str, LazyGroup]] = {
     "node": LazyGroup(
         module="node_agent.cli", help="Run the node of one institution.", extra="node"
     ),
+    "admin": LazyGroup(
+        module="infra.admin.cli",
+        help="Propose, sign and publish keys, policy, members and plans.",
+        extra="coordinator",
+    ),
     "run": LazyGroup(
         module="infra.runs.cli", help="Submit, follow and stop training runs.", extra="coordinator"
     ),

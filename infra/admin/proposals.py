@@ -161,6 +161,29 @@ def institution_keys(members: Members) -> dict[NodeId, list[SSlibKey]]:
     }
 
 
+def institution_of_card(card: Card, now: datetime) -> Institution:
+    """A member by the card of its key."""
+    holder, public = card.holder, card.public
+    if public.keytype != "ed25519":
+        raise ConfigurationError("an institution's key is an Ed25519 key")
+    return Institution.make(
+        id=holder.institution,
+        country=holder.country,
+        status="active",
+        roles=["member"],
+        keys=[public.keyval["public"]],
+        nodes=["1"],
+        witnesses=[],
+        since=time_text(now),
+    )
+
+
+def founding_members(federation: str, cards: Iterable[Card], now: datetime) -> Members:
+    """The first members, by the cards of their keys."""
+    items = sorted((institution_of_card(card, now) for card in cards), key=lambda item: item.id)
+    return Members.make(federation=federation, institutions=[item.model_dump() for item in items])
+
+
 def propose_founding(founding: Founding, *, now: datetime) -> SigningRequest:
     """Version 1 of everything.
 
@@ -435,6 +458,15 @@ def propose_rotation(
         candidates[role] = made
         files |= new
     return _request(base, "rotation of keys", candidates, files)
+
+
+def expiring(base: Base, *, days: int = 14) -> list[str]:
+    """Roles of the admins that end within some days, root apart; emergencies are left to lapse."""
+    soon = base.now + timedelta(days=days)
+    names = (roles.TARGETS, *roles.NEEDED, roles.RELEASE)
+    return [
+        name for name in names if name in base.state.expires and base.state.expires[name] < soon
+    ]
 
 
 def propose_renewal(base: Base, names: Iterable[str]) -> SigningRequest:

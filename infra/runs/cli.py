@@ -92,6 +92,10 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Complete and check the plan; send nothing.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the completed plan, for the admins to sign."),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Submit a plan; its digest is printed. Submitting the same plan again is harmless."""
@@ -117,6 +121,8 @@ def submit(
             made = complete_plan(written, model, federation, client.signing_keys())
             if not dry_run:
                 send(client, made, model)
+    if out is not None:
+        out.write_bytes(made.plan.to_bytes())
     facts = {
         "run": made.plan.run,
         "plan_digest": made.plan.digest,

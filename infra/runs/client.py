@@ -23,7 +23,14 @@ from protocols.errors import (
     UnreachableError,
     error_from_code,
 )
-from protocols.gen import admin_pb2, admin_pb2_grpc, bulk_pb2, bulk_pb2_grpc
+from protocols.gen import (
+    admin_pb2,
+    admin_pb2_grpc,
+    bulk_pb2,
+    bulk_pb2_grpc,
+    trust_pb2,
+    trust_pb2_grpc,
+)
 from protocols.identifiers import Digest, RoundId, RunId
 from protocols.tensors.units import UnitHasher
 from protocols.wire import round_ref
@@ -88,6 +95,8 @@ class AdminClient:
         bulk_stub: Any = bulk_pb2_grpc.BulkStub
         self._admin = admin_stub(self._channel)
         self._bulk = bulk_stub(self._channel)
+        trust_stub: Any = trust_pb2_grpc.TrustStub
+        self._trust = trust_stub(self._channel)
         self._put = self._channel.stream_unary("/minga.v1.Bulk/Put", None, None)
         self._fetch = self._channel.unary_stream("/minga.v1.Bulk/Fetch", None, None)
 
@@ -188,6 +197,13 @@ class AdminClient:
             self._fail(error)
         finally:
             call.cancel()
+
+    # -- governance ------------------------------------------------------------------------------
+
+    def publish_trust(self, files: Mapping[str, bytes]) -> list[str]:
+        """Bring what admins signed; what came into force, in words."""
+        request = trust_pb2.PublishTrustRequest(files=dict(files))
+        return list(self._call(self._trust.Publish, request, timeout_s=60.0).changes)
 
     # -- blobs -----------------------------------------------------------------------------------
 
