@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,17 +65,19 @@ class Federation:
         """Whether the coordinator's folder is complete."""
         return (self.folder / COORDINATOR / "config.toml").exists()
 
-    def initialise(self, *, name: str, port: int = 0) -> None:
+    def initialise(self, *, name: str, port: int = 0, governed: bool = False) -> None:
         """Make keys, certificates, configuration and an empty ledger.
 
         Args:
             name: of the federation.
+            governed: nothing runs before admins have signed a root.
             port: for nodes, the next one for invitations; 0 takes two that are free.
         """
         main, enrolment = free_ports(2) if port == 0 else (port, port + 1)
         command = self._minga(
             "coordinator", "init", "--dir", str(self.folder), "--federation", name,
-            "--address", f"{_HOST}:{main}", "--enrolment", f"{_HOST}:{enrolment}", "--ungoverned",
+            "--address", f"{_HOST}:{main}", "--enrolment", f"{_HOST}:{enrolment}",
+            "--governed" if governed else "--ungoverned",
         )  # fmt: skip
         self.household.run("coordinator init", command, log=self.folder / "init.log")
         (self.folder / "init.log").replace(self.log(COORDINATOR))
@@ -107,13 +110,14 @@ class Federation:
         """Whether the site has its certificate."""
         return (self.node_folder(site) / "config.toml").exists()
 
-    def join(self, site: str, token: str, *, ranks: int = 1) -> None:
+    def join(self, site: str, token: str, *, ranks: int = 1, approving: Sequence[str] = ()) -> None:
         """Give a site its certificate and configuration, by its invitation.
 
         Args:
             site: its id.
             token: the invitation; goes in by standard input, where no other user can read it.
             ranks: training processes, one thread each.
+            approving: further arguments: where the institution's key is.
         """
         config = load_config(self.folder / COORDINATOR / "config.toml")
         data = self.data_folder(site)
@@ -121,7 +125,7 @@ class Federation:
             "node", "join", "--dir", str(self.node_folder(site)), "--token", "-",
             "--coordinator", config.public_address, "--enrolment", config.enrolment_address,
             "--data-train", str(data / "train.jsonl"), "--data-valid", str(data / "valid.jsonl"),
-            "--ranks", str(ranks), "--device", "cpu", "--threads", "1",
+            "--ranks", str(ranks), "--device", "cpu", "--threads", "1", *approving,
         )  # fmt: skip
         self.household.run(f"{site} join", command, log=self.log(site), said=f"{token}\n".encode())
 

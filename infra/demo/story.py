@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,8 @@ from rich.console import Console
 from infra.demo.faults import Striker, Struck
 from infra.demo.federation import Federation
 from infra.demo.follow import Entry, History, follow
+from infra.demo.governance import ADMINS, MIN_COUNTRIES, THRESHOLD, DemoGovernance
+from infra.demo.policy import demo_policy
 from infra.demo.processes import Household
 from infra.demo.report import MODES, learned, print_end, summary, write_summary
 from infra.demo.settings import Settings, claim_folder, write_settings
@@ -38,13 +41,15 @@ from infra.runs.plan_file import (
     read_initial_model,
 )
 from infra.runs.submission import submit
+from node_agent.code_digest import installed_code
+from policies.trust import POLICY_DOCUMENT
 from protocols.errors import (
     ConfigurationError,
     FederationError,
     NotFoundError,
     NotReadyError,
 )
-from protocols.identifiers import Digest, NodeId, RunId
+from protocols.identifiers import Digest, FederationId, NodeId, RunId
 from protocols.secagg.threshold import MIN_ROSTER
 from protocols.tensors.snapshot import Snapshot
 
@@ -122,17 +127,24 @@ def _play(
 ) -> Outcome:
     texts = _copy_texts(settings, federation, view)
     if not federation.initialised:
-        federation.initialise(name=FEDERATION, port=request.port)
+        federation.initialise(name=FEDERATION, port=request.port, governed=True)
+    governance = DemoGovernance(folder=federation.folder, sites=settings.sites)
     federation.start_coordinator()
     _start_first_model(federation)
     with federation.client() as client:
         federation.wait_until_serving(client)
         view.say(f"coordinator serves on {federation.operator().address}, mutual TLS")
+        _found(settings, texts, federation, governance, client, view)
         for site in settings.sites:
             if not federation.joined(site):
-                federation.join(site, client.invite(site), ranks=settings.ranks(site))
-                view.say(f"{site} joined by a one-time invitation")
-        _submit(settings, texts, federation, client, view)
+                federation.join(
+                    site,
+                    client.invite(site),
+                    ranks=settings.ranks(site),
+                    approving=governance.approving(site),
+                )
+                view.say(f"{site} joined by a one-time invitation, approved by its institution")
+        _submit(settings, texts, federation, governance, client, view)
         for site in settings.sites:
             federation.start_node(site)
         strikers = _strikers(request, settings, federation)
@@ -224,21 +236,64 @@ def _first_model(federation: Federation) -> InitialModel:
     return read_initial_model(federation.folder / "start")
 
 
-def _submit(
-    settings: Settings,
-    texts: Sequence[SiteText],
-    federation: Federation,
-    client: AdminClient,
-    view: View,
-) -> None:
-    """Submit the plan; again after an interruption, which is harmless."""
-    start = federation.folder / "start"
-    written = demo_plan(
+def _written(settings: Settings, texts: Sequence[SiteText]) -> dict[str, Any]:
+    return demo_plan(
         sites=[NodeId(site) for site in settings.sites],
         languages=sorted(set[str]().union(*(text.languages for text in texts))),
         rounds=settings.rounds,
         mode=settings.mode,
     )
+
+
+def _found(
+    settings: Settings,
+    texts: Sequence[SiteText],
+    federation: Federation,
+    governance: DemoGovernance,
+    client: AdminClient,
+    view: View,
+) -> None:
+    """Three admins sign the first root: who decides, who is a member, what the policy allows."""
+    if governance.founded:
+        return
+    governance.make_people()
+    model = _first_model(federation)
+    # The first model's root does not depend on keys, and the nodes have none yet.
+    made = complete_plan(
+        _written(settings, texts),
+        model,
+        federation_of(federation.operator().certificate),
+        governance.institution_public_keys(),
+    )
+    policy = demo_policy(
+        federation=FederationId(FEDERATION),
+        sites=settings.sites,
+        base=made.snapshot.model_root,
+        code=installed_code(),
+        admins=[holder.person for holder in ADMINS],
+        threshold=THRESHOLD,
+        witnesses=len(settings.sites),
+        now=datetime.now(UTC),
+        min_countries=MIN_COUNTRIES,
+    )
+    governance.found({POLICY_DOCUMENT: policy.to_bytes()}, client)
+    view.say(
+        f"{', '.join(holder.person for holder in ADMINS)} founded the federation: "
+        f"{THRESHOLD} of {len(ADMINS)} decide; their policy and their members are signed"
+    )
+
+
+def _submit(
+    settings: Settings,
+    texts: Sequence[SiteText],
+    federation: Federation,
+    governance: DemoGovernance,
+    client: AdminClient,
+    view: View,
+) -> None:
+    """Submit the plan; again after an interruption, which is harmless."""
+    start = federation.folder / "start"
+    written = _written(settings, texts)
     model = _first_model(federation)
     made: Submission = complete_plan(
         written,
@@ -247,10 +302,11 @@ def _submit(
         client.signing_keys(),
     )
     (start / "plan.json").write_bytes(made.plan.to_bytes())
+    governance.sign_plan(made.plan, client)
     submit(client, made, model)
     view.say(
         f"run {RUN}: {model.manifest.coordinates} parameters, {settings.rounds} rounds of training"
-        f", plan {made.plan.digest[:12]}…"
+        f", plan {made.plan.digest[:12]}…, signed by {THRESHOLD} admins"
     )
 
 
