@@ -11,18 +11,20 @@ the network the first time, so it runs only when it is named or with ``--peers``
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench import floor, masking, ours
 from tests.bench.peers.__main__ import PEERS, default_work, peer_rows
-from tests.bench.rows import Row, report, table
+from tests.bench.rows import Row, report, table, together
 
 GROUPS = ("bulk", "round", "masking", "memory", "peers")
 OUT = Path(__file__).parents[2] / "bench" / "out" / "results.json"
@@ -33,7 +35,8 @@ class Amount:
     """How much is measured."""
 
     sizes: tuple[int, ...]  # parameters of a whole round
-    rounds: int  # measured, after one warm-up
+    turns: int  # of floor, ours and, with --peers, NVIDIA FLARE, one after the other
+    rounds: int  # measured in each turn, after one warm-up
     memory: tuple[tuple[int, int], ...]  # (parameters, nodes)
     bulk_repetitions: int
     peer_timeout_s: float  # for each peer
@@ -50,13 +53,15 @@ class Settings:
 
 FULL = Amount(
     sizes=(2_500_000, 25_000_000),
-    rounds=5,
+    turns=3,
+    rounds=4,
     memory=((25_000_000, 4), (25_000_000, 33), (100_000_000, 4)),
     bulk_repetitions=5,
     peer_timeout_s=420.0,
 )
 QUICK = Amount(
     sizes=(2_500_000,),
+    turns=1,
     rounds=2,
     memory=((2_500_000, 4), (2_500_000, 33)),
     bulk_repetitions=2,
@@ -73,16 +78,42 @@ def bulk(settings: Settings) -> Iterator[Row]:
     yield from mine
 
 
-def whole_round(settings: Settings) -> Iterator[Row]:
-    for params in settings.amount.sizes:
-        amount, size = settings.amount, {"params": params, "nodes": 4}
-        half = max(2, amount.rounds // 2)
-        # The floor before and after ours: what else goes on on the machine meets both.
-        before = floor.measure_rounds(**size, rounds=half, work=settings.scratch)
-        mine = ours.round_row(**size, rounds=amount.rounds, work=settings.scratch)
-        after = floor.measure_rounds(**size, rounds=half, work=settings.scratch)
-        yield floor.round_row([*before, *after], **size)
-        yield mine
+def whole_round(settings: Settings, *, peers: bool = False) -> Iterator[Row]:
+    """Floor, ours and FLARE take turns, and the floor comes last too: what else goes on on the
+    machine meets all of them. The slow peers have one turn."""
+    amount, scratch = settings.amount, settings.scratch
+    for params in amount.sizes:
+        size = {"params": params, "nodes": 4}
+        rows: dict[str, list[Row]] = {}
+
+        def keep(*found: Row, rows: dict[str, list[Row]] = rows) -> None:
+            for row in found:
+                rows.setdefault(row.system, []).append(row)
+
+        def floors(size: dict[str, int] = size) -> Iterator[Row]:
+            for hashed in (False, True):
+                seconds = floor.measure_rounds(
+                    **size, rounds=amount.rounds, work=scratch, hashed=hashed
+                )
+                yield floor.round_row(seconds, **size, hashed=hashed)
+
+        for turn in range(amount.turns):
+            keep(*floors())
+            keep(ours.round_row(**size, rounds=amount.rounds, work=scratch))
+            if peers:
+                keep(*_peers(settings, [params], everybody=turn == 0))
+        keep(*floors())
+        yield from (together(turns) for turns in rows.values())
+
+
+def _peers(settings: Settings, sizes: Sequence[int], *, everybody: bool) -> list[Row]:
+    return peer_rows(
+        names=[peer.name for peer in PEERS if everybody or peer.name == "nvflare"],
+        sizes=sizes,
+        rounds=settings.amount.rounds,
+        timeout_s=settings.amount.peer_timeout_s,
+        work=settings.work,
+    )
 
 
 def masks(settings: Settings) -> Iterator[Row]:
@@ -98,13 +129,7 @@ def memory(settings: Settings) -> Iterator[Row]:
 
 
 def peers(settings: Settings) -> Iterator[Row]:
-    yield from peer_rows(
-        names=[peer.name for peer in PEERS],
-        sizes=settings.amount.sizes,
-        rounds=settings.amount.rounds,
-        timeout_s=settings.amount.peer_timeout_s,
-        work=settings.work,
-    )
+    yield from _peers(settings, settings.amount.sizes, everybody=True)
 
 
 RUN: dict[str, Callable[[Settings], Iterator[Row]]] = {
@@ -117,14 +142,26 @@ RUN: dict[str, Callable[[Settings], Iterator[Row]]] = {
 
 
 def run(groups: Sequence[str], settings: Settings) -> list[Row]:
-    """The rows of the chosen groups. Peers come right after the round they are compared with."""
+    """The rows of the chosen groups. Peers take turns with the round they are compared with."""
     rows: list[Row] = []
+    both = {"round", "peers"} <= set(groups)
     for name in ("bulk", "round", "masking", "peers", "memory"):
-        if name in groups:
-            for row in RUN[name](settings):
+        if name in groups and not (name == "peers" and both):
+            found = whole_round(settings, peers=True) if name == "round" and both else None
+            for row in found or RUN[name](settings):
                 print(f"measured: {row.what}: {row.system}", file=sys.stderr, flush=True)
                 rows.append(row)
     return rows
+
+
+def sha256_speed() -> float:
+    """MB/s of one thread, the best of some tries: without instructions for it, it decides much."""
+    unit, best = bytes(4 * 2**20), 0.0
+    for _ in range(10):
+        begun = time.perf_counter()
+        hashlib.sha256(unit).digest()
+        best = max(best, len(unit) / 1e6 / (time.perf_counter() - begun))
+    return best
 
 
 def machine() -> dict[str, object]:
@@ -134,6 +171,7 @@ def machine() -> dict[str, object]:
     return {
         "cpus": os.cpu_count(),
         "load_1min": round(os.getloadavg()[0], 1),
+        "sha256_mb_per_s": round(sha256_speed()),
         "python": platform.python_version(),
         "commit": commit or None,
     }

@@ -7,12 +7,14 @@ command byte; then
     D   the server sends ``down`` bytes; the node stores them likewise and answers one byte
     Q   the node ends
 
-With ``"disk": false`` nothing is stored: bytes go from memory to memory.
+With ``"disk": false`` nothing is stored: bytes go from memory to memory. With ``"hash": true``
+whoever sends an upload, and whoever receives, takes the SHA-256 of each unit.
 The server prints one JSON line per repetition: seconds of the upload, of the download, of both.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -38,11 +40,15 @@ def context(job: dict[str, Any], *, server: bool) -> ssl.SSLContext:
     return made
 
 
-def send(connection: ssl.SSLSocket, source: memoryview, count: int) -> None:
+def send(
+    connection: ssl.SSLSocket, source: memoryview, count: int, *, hashed: bool = False
+) -> None:
     """Send ``count`` bytes, reading ``source`` (one unit) over and over."""
     sent = 0
     while sent < count:
         start = sent % UNIT
+        if hashed and not start:
+            hashlib.sha256(source[: min(UNIT, count - sent)]).digest()
         size = min(SLICE, UNIT - start, count - sent)
         connection.sendall(source[start : start + size])
         sent += size
@@ -51,8 +57,9 @@ def send(connection: ssl.SSLSocket, source: memoryview, count: int) -> None:
 class Receiver:
     """Receives on one connection. While one unit is stored, the next one arrives."""
 
-    def __init__(self, connection: ssl.SSLSocket) -> None:
+    def __init__(self, connection: ssl.SSLSocket, *, hashed: bool = False) -> None:
         self._connection = connection
+        self._hashed = hashed
         self._units = [memoryview(bytearray(UNIT)), memoryview(bytearray(UNIT))]
         self._storing = ThreadPoolExecutor(max_workers=1)
 
@@ -69,7 +76,7 @@ class Receiver:
                 if file is not None:
                     if stored is not None:
                         stored.result()
-                    stored = self._storing.submit(store, file, unit)
+                    stored = self._storing.submit(store, file, unit, hashed=self._hashed)
                     self._units.reverse()
             if stored is not None:
                 stored.result()
@@ -86,8 +93,10 @@ class Receiver:
             got += read
 
 
-def store(file: int, unit: memoryview) -> None:
+def store(file: int, unit: memoryview, *, hashed: bool) -> None:
     """Append one unit and make it durable."""
+    if hashed:
+        hashlib.sha256(unit).digest()
     written = 0
     while written < len(unit):
         written += os.write(file, unit[written:])
@@ -101,7 +110,7 @@ def serve(job: dict[str, Any]) -> None:
     failures: list[str] = []
 
     def one(connection: ssl.SSLSocket, index: int) -> None:
-        receiver = Receiver(connection)
+        receiver = Receiver(connection, hashed=job["hash"])
         path = folder / f"up-{index}" if job["disk"] else None
         try:
             for _ in range(job["repetitions"]):
@@ -162,13 +171,13 @@ def node(job: dict[str, Any]) -> None:
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection = context(job, server=False).wrap_socket(plain, server_hostname="localhost")
     source = memoryview(os.urandom(UNIT))
-    receiver = Receiver(connection)
+    receiver = Receiver(connection, hashed=job["hash"])
     path = Path(job["folder"]) / f"down-{job['index']}" if job["disk"] else None
     while (command := connection.recv(1)) in (b"U", b"D"):
         if command == b"U":
             if path is not None:
                 path.unlink(missing_ok=True)
-            send(connection, source, job["up"])
+            send(connection, source, job["up"], hashed=job["hash"])
         else:
             receiver.receive(job["down"], path)
             connection.sendall(b"A")

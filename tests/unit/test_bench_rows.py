@@ -16,6 +16,7 @@ from tests.bench.rows import (
     report,
     round_work,
     table,
+    together,
 )
 
 WORK = round_work(params=25_000_000, nodes=4)
@@ -43,6 +44,24 @@ def test_ratios_divide_our_median_by_the_other_median():
     assert found[FLOOR].met is True  # at most 3: the limit itself is met
     assert found["NVIDIA FLARE 2.9.0"].value == pytest.approx(0.3)
     assert found["NVIDIA FLARE 2.9.0"].met is True
+
+
+def test_turns_count_alike_and_the_best_of_each_are_compared_too():
+    ours = together([row(OURS, 3.0, 4.0, server_peak_rss_mb=170.0), row(OURS, 2.0)])
+    floor = together([row(FLOOR, 1.0, 1.1), row(FLOOR, 0.5), row(FLOOR, 1.2)])
+
+    (ratio,) = ratios([ours, floor])
+
+    assert ours.server_peak_rss_mb == 170.0
+    assert ratio.value == pytest.approx(3.0 / 1.05)
+    assert ratio.best == pytest.approx(2.0 / 0.5)
+
+
+def test_a_turn_that_was_skipped_counts_only_if_all_were():
+    gone = row("NVIDIA FLARE 2.9.0", skipped="port in use")
+
+    assert together([gone, row("NVIDIA FLARE 2.9.0", 5.0)]).seconds_per_round.median == 5.0
+    assert together([gone, gone]).skipped == "port in use"
 
 
 def test_a_missed_promise_is_called_missed():
