@@ -14,22 +14,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from node_agent.agent import Agent
 from node_agent.client import Backoff
+from node_agent.config import NodeFolder, load_config
 from node_agent.decide import Work
+from node_agent.doctor import check_slurm
+from node_agent.journal import Journal
 from node_agent.launchers.jobs import GIVE_UP
 from node_agent.launchers.slurm import SlurmLauncher
 from node_agent.launchers.slurm_commands import Slurm, SlurmBusyError
 from node_agent.launchers.slurm_config import LauncherConfig
 from node_agent.launchers.slurm_rules import read_ends
 from node_agent.launchers.slurm_script import Marks
+from node_agent.lock import FolderLock
+from node_agent.site import open_site
 from node_agent.spool import DataPaths, Job, Spool, read_result, read_status
 from node_agent.worker.init_model import write_model
-from tests.support.node import rng, the_plan
+from tests.support.federation import running
+from tests.support.node import NOW, node_config, node_folder, rng, the_plan
 from tests.support.plans import MANIFEST
 from tests.support.slurm import PATIENCE_S, Cluster, cluster, wait, why_not
 from tests.support.worker import TINY, Site, make_plan
@@ -403,3 +411,91 @@ def test_a_job_without_an_agent_ends_by_itself(tmp_path, idle):
     wait(lambda: bench.mine().get(again) == "COMPLETED", "the stranger to end")
     assert bench.starts() == 1
     assert "another allocation serves this spool" in bench.log()
+
+
+# -- a whole node ----------------------------------------------------------------------------------
+
+
+def test_a_node_of_a_real_federation_waits_declines_and_takes_part(tmp_path, idle):
+    """An agent with Slurm: heartbeats say the wait, a lost round is left, the next one declined.
+
+    Then the stranger's job ends, the kept job starts, and the run gets to its end in it.
+    """
+    with running(tmp_path / "federation", nodes=1, start=False) as federation:
+        folder = NodeFolder(federation.folder / "nodes" / "node-1")
+        text = folder.root / "text.jsonl"
+        text.write_text('{"text":"minga"}\n')
+        lines = folder.config.read_text().splitlines()
+        lines = [f'train = ["{text}"]' if line.startswith("train") else line for line in lines]
+        lines += ["[launcher]", 'kind = "slurm"', "nodes = 1", "poll_s = 0.3", "time_minutes = 9"]
+        lines += [f'environment = {{ PYTHONPATH = "{ROOT}" }}', "warn_s = 20"]
+        folder.config.write_text("\n".join(lines) + "\n")
+        hog = idle.hog()
+        wait(lambda: idle.states()[hog] == "RUNNING", "the stranger's job to run")
+        train = {"join": 60, "train": 6, "deal": 60, "upload": 60, "commit": 60, "reveal": 60}
+        run = federation.submit(
+            rounds=1, local_step={"kind": "builtin", "max_steps": 2}, deadlines=train
+        )
+        said: list[str] = []
+        _drive(federation, folder, idle, run, said, hog)
+
+    assert any(words.startswith("queued in Slurm for") for words in said)
+    journal = Journal(folder.journal, now=lambda: NOW, read_only=True)
+    try:
+        rules = [(e.what, e.detail.get("code") or e.detail.get("rule")) for e in journal.entries()]
+    finally:
+        journal.close()
+    assert ("leave", "slurm.queue") in rules
+    assert ("decline", "slurm.queue") in rules
+    mine = [job for job in idle.jobs() if job["comment"].startswith("minga-node-1-")]
+    assert [job["job_state"] for job in mine] == ["CANCELLED"]  # by the agent, as it was stopped
+
+
+def _drive(federation, folder, idle, run, said: list[str], hog: int) -> None:
+    """Run the agent here until the run is done; free the cluster once a round was declined."""
+
+    async def drive() -> None:
+        site = open_site(folder, load_config(folder), rng=rng())
+        launcher = site.launchers["builtin"]
+        launcher.slurm = idle.slurm
+        launcher.worker = ("tests.support.fake_worker", "--spool", str(launcher.spool.root))
+        agent = Agent(site)
+        working = asyncio.create_task(agent.run())
+        give_up, freed = time.monotonic() + 2 * PATIENCE_S, False
+        try:
+            while True:
+                report = await asyncio.to_thread(federation.client.show, run)
+                (facts,) = await asyncio.to_thread(federation.client.nodes)
+                said.extend(progress.activity for progress in facts.progress)
+                if report.ended:
+                    assert report.status == "done"
+                    return
+                if not freed and launcher.refusal(the_plan()) and len(report.rounds) > 2:
+                    idle.run("scancel", str(hog))
+                    freed = True
+                assert time.monotonic() < give_up, (report, launcher.state)
+                assert not working.done(), working.exception()
+                await asyncio.sleep(0.2)
+        finally:
+            agent.stop()
+            await working
+
+    with FolderLock(folder, pid=os.getpid()):
+        asyncio.run(drive())
+
+
+def test_the_doctor_asks_slurm(tmp_path, idle):
+    folder = node_folder(tmp_path)
+    config = node_config(launcher=LauncherConfig(kind="slurm", nodes=1, time_minutes=9))
+
+    (taken, waits) = check_slurm(folder, config, idle.slurm, hand_in=True)
+    nowhere = config.launcher.model_copy(update={"partition": "nowhere"})
+    refused = list(check_slurm(folder, replace(config, launcher=nowhere), idle.slurm, hand_in=True))
+    absent = list(check_slurm(folder, config, Slurm({"PATH": "/nowhere"}), hand_in=True))
+
+    assert (taken.level, waits.level) == ("ok", "ok")
+    assert "to start at" in taken.sentence
+    assert "invalid partition specified: nowhere" in refused[0].sentence
+    assert (refused[0].level, absent[0].level) == ("refused", "refused")
+    assert "login node" in absent[0].sentence
+    assert idle.under_way() == []  # it only asked
