@@ -32,10 +32,12 @@ from node_agent.launchers.local import (
 )
 from node_agent.launchers.processes import end_family, family, remember, remembered
 from node_agent.resident import Process
-from node_agent.spool import DataPaths, Job, Spool, last_status, read_result
+from node_agent.spool import DataPaths, Job, Spool, last_status, read_result, read_status
+from node_agent.worker.init_model import write_model
 from protocols.errors import FederationError, WorkerError
 from tests.support.node import rng
 from tests.support.plans import MANIFEST
+from tests.support.worker import TINY, Site, make_plan
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60.0  # a busy machine; nothing waits for it when all goes well
@@ -279,6 +281,78 @@ def test_a_killed_agent_leaves_no_orphan(tmp_path):
     while not gone(worker) and time.monotonic() < give_up:
         time.sleep(0.05)
     assert gone(worker)
+
+
+@pytest.mark.slow
+def test_after_a_killed_agent_the_round_goes_on_where_it_was(tmp_path):
+    """The real worker: it puts its state away as it leaves, and the next one continues from it."""
+    manifest, _ = write_model(tmp_path / "model", config=TINY, seed=7)
+    theta = np.fromfile(tmp_path / "model" / "theta.f32", dtype="<f4")
+    plan = make_plan(
+        manifest, local_step={"max_steps": None, "max_seconds": 6}, evaluation={"languages": []}
+    )
+    site = Site.make(tmp_path / "site", theta=theta, manifest=manifest, plan=plan)
+    job = site.job()
+    (tmp_path / "job.json").write_bytes(job.to_bytes())
+    script = (
+        "import asyncio\n"
+        "from pathlib import Path\n"
+        "from node_agent.spool import Spool, read_job\n"
+        "from tests.faults.test_launcher_local import real\n"
+        f"launcher = real(Spool(Path({str(site.spool.root)!r})))\n"
+        f"path = Path({str(tmp_path)!r}) / {job.id + '.json'!r}\n"
+        "async def drive():\n"
+        "    launcher.submit(read_job(path))\n"
+        "    while True:\n"
+        "        await launcher.tick()\n"
+        f"        if launcher.work({job.id!r}).step: print('working', flush=True)\n"
+        "        await asyncio.sleep(0.05)\n"
+        "asyncio.run(drive())\n"
+    )
+    (tmp_path / "job.json").replace(tmp_path / f"{job.id}.json")
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    ) as agent:
+        assert agent.stdout.readline() == "working\n"
+        agent.send_signal(signal.SIGKILL)
+        agent.wait()
+
+    launcher = real(site.spool)
+    launcher.clear_leftovers()  # what every start of an agent does first
+    events = read_status(site.spool, job.id)
+    done = max(event.step or 0 for event in events)
+    assert events[-1].event == "interrupted"  # it left by itself, or was told to, politely
+
+    async def finish() -> None:
+        launcher.submit(job)
+        try:
+            while launcher.work(job.id).state != "finished":
+                await launcher.tick()
+                assert launcher.work(job.id).state != "failed", launcher.work(job.id)
+                await asyncio.sleep(0.05)
+        finally:
+            await launcher.close()
+
+    asyncio.run(asyncio.wait_for(finish(), PATIENCE_S))
+    again = [event.step for event in read_status(site.spool, job.id) if event.step]
+    assert 0 < done <= min(again)
+    assert site.result(job).steps >= max(again)
+    assert site.result(job).seconds >= 6  # of both parts
+    assert site.spool.spent(job.id).exists()  # what the first part cost counts as well
+
+
+def real(spool: Spool) -> LocalLauncher:
+    """A launcher of the real worker."""
+    config = WorkerConfig(device="cpu", threads=1)
+    return LocalLauncher(
+        spool=spool,
+        command=lambda: worker_command(config, spool, parent=os.getpid()),
+        environment=worker_environment(config, {**os.environ, "PYTHONPATH": str(ROOT)}),
+        start_within_s=120.0,
+        hangs_after_s=120.0,
+        rng=rng(),
+        backoff=Backoff(first_s=0.01, cap_s=0.02),
+    )
 
 
 def test_the_next_agent_ends_what_was_left_behind(tmp_path):

@@ -206,7 +206,9 @@ def test_the_warning_interrupts_a_round_and_the_next_allocation_continues_it(tmp
     """
     manifest, _ = write_model(tmp_path / "model", config=TINY, seed=7)
     theta = np.fromfile(tmp_path / "model" / "theta.f32", dtype="<f4")
-    plan = make_plan(manifest, local_step={"max_steps": 120}, evaluation={"languages": []})
+    plan = make_plan(
+        manifest, local_step={"max_steps": None, "max_seconds": 8}, evaluation={"languages": []}
+    )
     site = Site.make(tmp_path / "site", theta=theta, manifest=manifest, plan=plan)
     arguments = ("node_agent.worker", "--spool", str(site.spool.root), "--device", "cpu")
     bench = Bench(tmp_path, idle, spool=site.spool, worker=arguments, ranks=2)
@@ -227,8 +229,8 @@ def test_the_warning_interrupts_a_round_and_the_next_allocation_continues_it(tmp
     assert done > 0
     assert min(again) >= done  # nothing is trained twice
     result = site.result(job)
-    assert result.steps == max(again) == 120
-    assert result.rank_steps == (120, 120)
+    assert result.steps >= max(again)
+    assert result.rank_steps == (result.steps, result.steps)
     assert bench.mine() == {number: "COMPLETED", bench.allocation.job: "RUNNING"}
 
 
