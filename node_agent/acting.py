@@ -288,6 +288,7 @@ class Actor:
             plan=str(models.plan_path(round_.run)),
             manifest=str(models.manifest_path(round_.run)),
             theta=str(held.theta_path),
+            base=config.worker.base_model if plan.model.base is not None else None,
             select=plan.selection_in(record.index),
             data=DataPaths(train=config.data.train, valid=config.data.valid),
             seed=int.from_bytes(seed[:8], "big") >> 1,

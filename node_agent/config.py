@@ -33,6 +33,7 @@ ends = 2027-01-01                  # left out: for ever
 ranks = 1
 device = "auto"                    # "auto" | "cpu" | "cuda"
 threads = 4                        # CPU threads of each rank; left out: the library decides
+base_model = "models/llama-8b"     # folder of the base model that plans may name
 network_interface = "ib0"          # for NCCL and gloo; left out: they decide
 start_within_s = 300
 hangs_after_s = 120
@@ -116,6 +117,7 @@ class WorkerConfig(_Section):
     ranks: int = Field(default=1, ge=1, le=1024)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)
+    base_model: str | None = None  # folder of the base model that plans may name
     network_interface: str | None = Field(default=None, pattern=r"^[\w.:=^,-]{1,60}$")
     start_within_s: float = Field(default=300.0, gt=0, le=86_400)
     hangs_after_s: float = Field(default=120.0, gt=0, le=86_400)
@@ -367,7 +369,13 @@ def load_config(folder: NodeFolder) -> NodeConfig:
             }
         ),
         privacy=file.privacy,
-        worker=file.worker,
+        worker=file.worker.model_copy(
+            update={
+                "base_model": None
+                if file.worker.base_model is None
+                else str(base / file.worker.base_model)
+            }
+        ),
         allow=file.allow,
         limits=file.limits,
         governance=file.governance,

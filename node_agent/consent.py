@@ -4,6 +4,7 @@ site.paused       the site paused its node
 site.local_step   the kind of local step is not in [allow] local_steps
 site.mode         the mode of the sum is not in [allow] modes
 site.flower_app   the Flower app is not in [allow] flower_apps
+site.base_model   the plan trains a base model that the site has no folder for
 site.data         there is no training text, or it cannot be read
 site.disk         the model does not fit on the disk
 """
@@ -80,6 +81,13 @@ def check_site(plan: Plan, config: NodeConfig, facts: SiteFacts) -> Refusal | No
         return Refusal(
             "site.flower_app",
             f"this site does not allow the Flower app {step.app}: config.toml [allow] flower_apps",
+        )
+    folder = config.worker.base_model
+    if plan.model.base is not None and (folder is None or not Path(folder).is_dir()):
+        return Refusal(
+            "site.base_model",
+            f"the plan trains base model {plan.model.base[:12]}…, and there is no folder for it:"
+            " config.toml [worker] base_model",
         )
     if step.kind != "synthetic" and facts.train is not None:
         return Refusal("site.data", f"training text: {facts.train}")

@@ -107,6 +107,7 @@ class Job(_Document):
     plan: str  # path of the canonical plan
     manifest: str  # path
     theta: str  # path of the starting model: raw little-endian float32, manifest order
+    base: str | None = None  # path of the base model's folder, where the plan has one
     select: Literal["all", "none"] | tuple[str, ...]  # tensors whose update leaves the site
     data: DataPaths = DataPaths()
     max_steps: Positive | None = None  # the plan's limits hold as well; the smaller one counts
@@ -122,10 +123,10 @@ class Job(_Document):
     def _tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
-    @field_validator("plan", "manifest", "theta")
+    @field_validator("plan", "manifest", "theta", "base")
     @classmethod
-    def _absolute(cls, value: str) -> str:
-        if not Path(value).is_absolute() or "\0" in value:
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and (not Path(value).is_absolute() or "\0" in value):
             raise ValueError(f"{value!r} is not an absolute path")
         return value
 

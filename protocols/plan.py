@@ -32,11 +32,11 @@ from protocols.identifiers import (
     parse_federation_id,
     parse_run_id,
 )
+from protocols.plan_model import Model, check_factors, factors_in
 from protocols.plan_privacy import SHARED_NOISE_MODES, Privacy, check_privacy
 from protocols.plan_terms import Terms
 from protocols.plan_types import (
     Count,
-    DigestText,
     Finite,
     KeyText,
     Language,
@@ -52,16 +52,6 @@ PLAN_SCHEMA: Final = "minga.plan/1"
 
 Mode = Literal["open", "aggregate-only", "record-local", "record-distributed", "institution"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
-
-
-class Model(Part):
-    """What is trained. ``initial`` pins the very bytes of round 0."""
-
-    family: Literal["llama", "vector"]  # "vector": one float32 tensor, for tests and benchmarks
-    config: dict[str, int | float | bool | str | None] = Field(default_factory=dict, max_length=64)
-    seed: int = Field(default=0, ge=0, le=2**31 - 1)  # of the initial weights
-    manifest: DigestText  # of the parameter set: names, shapes, order
-    initial: DigestText  # model_root of the snapshot that round 0 starts from
 
 
 class Synthetic(Part):
@@ -258,6 +248,8 @@ class Plan(Part):
                 raise ValueError("secagg.keys: two nodes have the same key")
             if self.min_participants < max(3, terms.threshold):
                 raise ValueError("secagg: min_participants must be at least the threshold and 3")
+        if self.model.lora is not None:
+            check_factors(self.trainable, self.model.lora)
         check_privacy(self)
         return self
 
@@ -285,7 +277,11 @@ class Plan(Part):
 
     def selection_in(self, number: int) -> Literal["all", "none"] | tuple[str, ...]:
         """The tensors whose update leaves the sites in round ``number``: public, by the plan."""
-        return self.trainable if self.trains_in(number) else "none"
+        if not self.trains_in(number):
+            return "none"
+        if self.model.lora is not None and self.trainable != "all":
+            return factors_in(self.trainable, self.model.lora, number)
+        return self.trainable
 
     # -- bytes -------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from protocols.errors import (
 )
 from protocols.identifiers import Digest, FederationId, parse_federation_id
 from protocols.plan import Plan
+from protocols.plan_privacy import PRIVATE_MODES
 from protocols.secagg.threshold import SecaggTerms
 from protocols.tensors.manifest import Manifest
 from protocols.tensors.ring import Ring
@@ -140,6 +141,22 @@ def complete_secure_sum(fields: dict[str, Any], keys: Mapping[str, str]) -> None
     part.setdefault("keys", {node: keys[node] for node in roster if node in keys})
 
 
+def complete_adapters(fields: dict[str, Any], model: dict[str, Any], manifest: Manifest) -> None:
+    """Fill in which factors of adapters are trained, and the tensors that they are.
+
+    Args:
+        fields: of the plan; changed.
+        model: its part ``model``; changed.
+        manifest: of the snapshot.
+    """
+    lora = model.get("lora")
+    if not isinstance(lora, dict):
+        return
+    private = fields.get("mode") in PRIVATE_MODES
+    lora.setdefault("factors", "ffa" if private else "rolora")
+    fields.setdefault("trainable", [spec.name for spec in manifest.tensors])
+
+
 def complete_plan(
     written: dict[str, Any],
     model: InitialModel,
@@ -171,6 +188,7 @@ def complete_plan(
     if not isinstance(part, dict):
         raise MalformedMessageError("plan: model: the plan must say which model is trained")
     part.setdefault("manifest", model.manifest.digest)
+    complete_adapters(fields, part, model.manifest)
     initial = part.setdefault("initial", _UNKNOWN)
     draft = Plan.from_value(fields)  # every field but `initial` is final now
     if draft.model.manifest != model.manifest.digest:

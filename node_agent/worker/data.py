@@ -1,11 +1,12 @@
-"""A site's text: JSONL files in, fixed-length sequences of byte tokens out. No torch.
+"""A site's text: JSONL files in, fixed-length sequences of tokens out. No torch.
 
 Each line is one JSON object with the string ``text``; ``lang`` names its language for evaluation;
 other keys are ignored, blank lines hold no document. A line that cannot be read fails the job and
 is named by file and line: leaving it out silently would train on other data than the site agreed
 to.
 
-Tokens are UTF-8 bytes; a document is ``BOS bytes EOS``. An epoch is all documents in an order
+A document becomes tokens as its encoder says (tokens.py): ``BOS bytes EOS``, or what a base model's
+tokenizer makes of it between a first and a last token. An epoch is all documents in an order
 drawn from (seed, epoch), laid end to end and cut every ``sequence_length`` tokens, so each token
 of the stream but the first is predicted exactly once per epoch. Sequence number p of the run is
 sequence ``p % n`` of epoch ``p // n``: one integer is the exact position, and any rank can
@@ -31,19 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from node_agent.resident import JobFailedError
+from node_agent.worker.tokens import BYTES, PAD, Encoder, Tokens
 
-BOS: Final = 256
-EOS: Final = 257
-PAD: Final = 258
-VOCABULARY: Final = 259
 IGNORE: Final = -100  # label of a position that is not predicted
 
-_CACHE_BYTES: Final = 8 * 2**20  # of decoded documents: one long document spans many sequences
+_CACHE_BYTES: Final = 32 * 2**20  # of documents as tokens: one long document spans many sequences
 _OPEN_FILES: Final = 64
 _UNKNOWN: Final = "und"  # ISO 639: undetermined
 _MAX_LANGUAGE: Final = 64  # characters
-
-Tokens = NDArray[np.int64]
 
 
 class DataError(JobFailedError):
@@ -132,6 +128,7 @@ class Corpus:
     offset: NDArray[np.int64]  # of the line, in bytes
     length: NDArray[np.int64]  # of the line, in bytes
     text: NDArray[np.int64]  # UTF-8 bytes of the text
+    tokens: NDArray[np.int64]  # of the document, first and last ones included
     fingerprint: str  # of the texts in order, hexadecimal
 
     @property
@@ -139,22 +136,29 @@ class Corpus:
         return int(self.text.size)
 
 
-def index_corpus(paths: Sequence[str]) -> Corpus:
-    """Read and check every line once; remember where the documents are.
+def index_corpus(paths: Sequence[str], encoder: Encoder = BYTES) -> Corpus:
+    """Read and check every line once; remember where the documents are and how long.
+
+    Args:
+        paths: see ``find_files``.
+        encoder: how documents become tokens.
 
     Raises:
         DataError: see ``find_files``; data.malformed names the first bad line; data.empty when
             no line holds any text.
     """
     files = find_files(paths)
-    rows = array("q")  # four numbers per document: tuples would take ten times the memory
+    rows = array("q")  # five numbers per document: tuples would take ten times the memory
     digest = hashlib.sha256()
+    if encoder.name != BYTES.name:
+        digest.update(encoder.name.encode())
     for index, file in enumerate(files):
         for number, offset, line in _lines(file):
             text, _ = _record(line, f"{file}:{number}")
-            rows.extend((index, offset, len(line), len(text)))
+            length = len(text) + 2 if encoder is BYTES else encoder.encode(text).size
+            rows.extend((index, offset, len(line), len(text), length))
             digest.update(len(text).to_bytes(8, "little") + text)
-    table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 4)
+    table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 5)
     if int(table[:, 3].sum()) == 0:
         raise DataError("data.empty", f"no text in {', '.join(str(file) for file in files)}")
     return Corpus(
@@ -163,17 +167,19 @@ def index_corpus(paths: Sequence[str]) -> Corpus:
         offset=table[:, 1].copy(),
         length=table[:, 2].copy(),
         text=table[:, 3].copy(),
+        tokens=table[:, 4].copy(),
         fingerprint=digest.hexdigest(),
     )
 
 
 class TextReader:
-    """Reads documents of a corpus from disk; keeps the latest ones and a few open files."""
+    """Reads documents of a corpus as tokens; keeps the latest ones and a few open files."""
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, encoder: Encoder) -> None:
         self._corpus = corpus
-        self._texts: OrderedDict[int, bytes] = OrderedDict()
-        self._held = 0  # bytes in _texts
+        self._encoder = encoder
+        self._held: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
+        self._bytes = 0  # of what is held
         self._open: OrderedDict[int, int] = OrderedDict()  # file index -> descriptor
 
     def close(self) -> None:
@@ -181,17 +187,18 @@ class TextReader:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def text(self, document: int) -> bytes:
-        """UTF-8 of one document.
+    def tokens(self, document: int) -> Tokens:
+        """One document, from its first token to its last.
 
         Raises:
             DataError: data.changed when a file is not what it was when it was indexed.
         """
-        if document in self._texts:
-            self._texts.move_to_end(document)
-            return self._texts[document]
+        if document in self._held:
+            self._held.move_to_end(document)
+            return self._held[document].astype(np.int64)
         corpus = self._corpus
         file = int(corpus.file[document])
+        tokens = None
         try:
             line = os.pread(
                 self._descriptor(file),
@@ -201,13 +208,15 @@ class TextReader:
             text, _ = _record(line, corpus.files[file])
         except (OSError, DataError):
             text = None
-        if text is None or len(text) != int(corpus.text[document]):
+        if text is not None and len(text) == int(corpus.text[document]):
+            tokens = self._encoder.encode(text)
+        if tokens is None or tokens.size != int(corpus.tokens[document]):
             raise DataError("data.changed", f"{corpus.files[file]} changed while it was in use")
-        self._texts[document] = text
-        self._held += len(text)
-        while self._held > _CACHE_BYTES and len(self._texts) > 1:
-            self._held -= len(self._texts.popitem(last=False)[1])
-        return text
+        self._held[document] = tokens.astype(np.int32)
+        self._bytes += 4 * tokens.size
+        while self._bytes > _CACHE_BYTES and len(self._held) > 1:
+            self._bytes -= 4 * self._held.popitem(last=False)[1].size
+        return tokens
 
     def _descriptor(self, file: int) -> int:
         if file in self._open:
@@ -241,14 +250,16 @@ class _Epoch:
 class PackedText:
     """The endless row of training sequences of one site."""
 
-    def __init__(self, corpus: Corpus, *, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self, corpus: Corpus, *, sequence_length: int, seed: int, encoder: Encoder = BYTES
+    ) -> None:
         self._corpus = corpus
         self._length = sequence_length
         self._seed = seed
-        self._stream = int(corpus.text.sum()) + 2 * corpus.documents  # tokens per epoch
+        self._stream = int(corpus.tokens.sum())  # tokens per epoch
         self.per_epoch = -(-(self._stream - 1) // sequence_length)  # sequences
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._reader = TextReader(corpus)
+        self._reader = TextReader(corpus, encoder)
 
     def close(self) -> None:
         """Close the files."""
@@ -285,7 +296,7 @@ class PackedText:
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
             order = epoch_order(self._corpus.documents, seed=self._seed, epoch=number)
-            sizes = self._corpus.text[order] + 2
+            sizes = self._corpus.tokens[order]
             self._epochs[number] = _Epoch(order, np.cumsum(sizes) - sizes)
             while len(self._epochs) > 2:  # a batch touches two epochs at most, at their border
                 self._epochs.popitem(last=False)
@@ -300,19 +311,9 @@ class PackedText:
         while at < stop:
             document = int(epoch.order[row])
             first = int(epoch.start[row])
-            text = self._reader.text(document)
-            end = first + len(text) + 2
-            until = min(end, stop)
-            piece = np.empty(until - at, dtype=np.int64)
-            lo, hi = at - first, until - first  # within BOS text EOS
-            body = np.frombuffer(text, dtype=np.uint8)[max(0, lo - 1) : max(0, hi - 1)]
-            head = 1 if lo == 0 else 0
-            piece[head : head + body.size] = body
-            if head:
-                piece[0] = BOS
-            if until == end:
-                piece[-1] = EOS
-            tokens[at - start : until - start] = piece
+            held = self._reader.tokens(document)
+            until = min(first + held.size, stop)
+            tokens[at - start : until - start] = held[at - first : until - first]
             at, row = until, row + 1
         return tokens
 
@@ -363,14 +364,14 @@ class Window:
 
     language: str
     inputs: Tokens  # shape [length]
-    labels: Tokens  # shape [length]; each byte of the document is a label in exactly one window
+    labels: Tokens  # shape [length]; each token of the text is a label in exactly one window
 
 
-def windows(document: HeldOut, *, sequence_length: int) -> Iterator[Window]:
-    """Cut ``BOS text`` so that every byte is predicted once; the end of the text is not scored."""
-    tokens = np.empty(len(document.text) + 1, dtype=np.int64)
-    tokens[0] = BOS
-    tokens[1:] = np.frombuffer(document.text, dtype=np.uint8)
+def windows(
+    document: HeldOut, *, sequence_length: int, encoder: Encoder = BYTES
+) -> Iterator[Window]:
+    """Cut a document so that every byte is predicted once; the end of the text is not scored."""
+    tokens = encoder.scored(document.text)
     for start in range(0, tokens.size - 1, sequence_length):
         stop = min(start + sequence_length, tokens.size - 1)
         yield Window(

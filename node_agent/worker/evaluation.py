@@ -18,9 +18,10 @@ import torch
 
 from node_agent.resident import JobFailedError
 from node_agent.worker.agreement import Gate
-from node_agent.worker.data import IGNORE, PAD, HeldOut, Window, windows
+from node_agent.worker.data import IGNORE, HeldOut, Window, windows
 from node_agent.worker.distributed import Ranks
 from node_agent.worker.model import ResidentModel, on_device
+from node_agent.worker.tokens import BYTES, PAD, Encoder
 
 _BATCH_TOKENS: Final = 8192
 
@@ -44,6 +45,7 @@ def evaluate(
     sequence_length: int,
     ranks: Ranks,
     gate: Gate,
+    encoder: Encoder = BYTES,
 ) -> list[dict[str, Any]]:
     """Score held-out documents with the model as it is.
 
@@ -53,6 +55,7 @@ def evaluate(
         sequence_length: tokens the model sees at once.
         ranks: batches are dealt out in turn.
         gate: where the job may be cancelled, after each batch.
+        encoder: how documents become tokens.
 
     Returns:
         One ``spool.Evaluation`` per language as a dict, in order of language; the same on every
@@ -62,7 +65,11 @@ def evaluate(
         JobFailedError: train.non_finite: the model's loss is NaN or infinite.
         JobCancelledError, JobInterruptedError.
     """
-    cut = [w for document in documents for w in windows(document, sequence_length=sequence_length)]
+    cut = [
+        window
+        for document in documents
+        for window in windows(document, sequence_length=sequence_length, encoder=encoder)
+    ]
     languages = sorted({document.language for document in documents})
     nll = dict.fromkeys(languages, 0.0)
     todo = batches(cut)

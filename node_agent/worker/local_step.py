@@ -22,11 +22,12 @@ from node_agent.job_files import least
 from node_agent.resident import Clock, JobContext, JobFailedError
 from node_agent.spool import Job
 from node_agent.worker.agreement import Decision, Gate
-from node_agent.worker.data import IGNORE, PAD, DataError, PackedText, Tokens
+from node_agent.worker.data import IGNORE, DataError, PackedText
 from node_agent.worker.distributed import Ranks
 from node_agent.worker.model import ResidentModel, on_device
 from node_agent.worker.optimizer import InnerOptimizer
 from node_agent.worker.state import Progress
+from node_agent.worker.tokens import PAD, Tokens
 from protocols.plan import LocalStep
 
 _SAY_EVERY_S: Final = 1.0  # between two progress events

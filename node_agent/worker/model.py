@@ -1,4 +1,4 @@
-"""The model on its device: a byte-level Llama, whole or sharded, loaded from and compared to theta.
+"""The model on its device, whole or sharded, loaded from and compared to theta.
 
 theta is raw little-endian float32 in manifest order (protocols/tensors/manifest.py), mapped, not
 read: each rank copies only the rows it holds. On several ranks every decoder layer and the root
@@ -6,8 +6,8 @@ are FSDP2 groups (``fully_shard``), so parameters, gradients and optimizer state
 the ranks; a single process keeps the plain module. Parameters stay float32; on CUDA the matrix
 work is bfloat16.
 
-The structure is built on the meta device and filled from theta, so no rank ever holds a whole
-model that it will shard.
+The structure (structure.py) is built on the meta device and filled from theta and, under adapters,
+from the base model's folder, so no rank ever holds a whole model that it will shard.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
 
 from node_agent.job_files import Theta
+from node_agent.model_folder import FolderError
 from node_agent.resident import JobFailedError
-from node_agent.worker.data import BOS, EOS, IGNORE, PAD, VOCABULARY
+from node_agent.worker.data import IGNORE
 from node_agent.worker.distributed import Ranks
+from node_agent.worker.structure import (
+    LlamaSource,
+    ModelError,
+    Source,
+    computed_buffers,
+    decoder_layers,
+)
 from protocols.tensors.manifest import Manifest, TensorSpec
 
 # Above this many parameters activations are recomputed instead of kept; below it that would only
@@ -42,69 +48,14 @@ CHECKPOINTING_FROM: Final = 500_000_000
 Selection = Literal["all", "none"] | tuple[str, ...]
 
 
-class ModelError(JobFailedError):
-    """The plan's model cannot be built or does not fit: ``model.config``, ``model.manifest``."""
-
-
-# -- structure -----------------------------------------------------------------------------------
-
-
-def llama_config(config: Mapping[str, Any]) -> Any:
-    """The plan's ``model.config`` as a LlamaConfig, with what bytes as tokens demand.
-
-    Raises:
-        ModelError: model.config: a value is refused, or contradicts the byte vocabulary.
-    """
-    fixed = {
-        "vocab_size": VOCABULARY,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-        "tie_word_embeddings": False,
-    }
-    for key, value in fixed.items():
-        if config.get(key, value) != value:
-            raise ModelError("model.config", f"model.config.{key} must be {value}")
-    try:
-        made = LlamaConfig(
-            **{**config, **fixed}, use_cache=False, attn_implementation="sdpa", dtype="float32"
-        )
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError("model.config", f"model.config: {error}") from None
-    except Exception as error:  # noqa: BLE001  huggingface_hub raises its own validation errors
-        raise ModelError("model.config", f"model.config: {error}") from None
-    return made
-
-
-def meta_model(config: Mapping[str, Any]) -> Any:
-    """The model's structure without memory.
-
-    Raises:
-        ModelError: model.config.
-    """
-    made = llama_config(config)
-    try:
-        with torch.device("meta"):
-            return LlamaForCausalLM(made)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise ModelError("model.config", f"model.config: {error}") from None
-
-
-def manifest_of(module: nn.Module) -> Manifest:
-    """All parameters, in the order the module names them."""
-    return Manifest(
-        tuple(TensorSpec(name, tuple(p.shape)) for name, p in module.named_parameters())
-    )
-
-
 # -- theta ---------------------------------------------------------------------------------------
 
 
-def _rows(spec: TensorSpec, rank: int, world: int) -> tuple[int, int]:
+def _rows(size: int, rank: int, world: int) -> tuple[int, int]:
     """Rows of dimension 0 that a rank holds: FSDP2 splits as ``torch.chunk`` does."""
-    each = math.ceil(spec.shape[0] / world)
-    start = min(rank * each, spec.shape[0])
-    return start, min(start + each, spec.shape[0])
+    each = math.ceil(size / world)
+    start = min(rank * each, size)
+    return start, min(start + each, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +72,7 @@ class ResidentModel:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        model: Mapping[str, Any] | Source,
         *,
         select: Selection,
         ranks: Ranks,
@@ -131,7 +82,7 @@ class ResidentModel:
         """Build and shard; the weights are undefined until ``load``.
 
         Args:
-            config: the plan's ``model.config``.
+            model: where the structure comes from, or the ``model.config`` of a byte-level Llama.
             select: tensors that are trained; the others stay as loaded.
             ranks: this process among its peers.
             checkpointing: recompute activations; None decides by size and device.
@@ -140,14 +91,23 @@ class ResidentModel:
 
         Raises:
             ModelError: model.config.
+            FolderError: the base model cannot be read.
         """
         self.ranks = ranks
-        self.module = meta_model(config)
-        self.manifest = manifest_of(self.module)
+        source: Source = LlamaSource.of(model) if isinstance(model, Mapping) else model
+        self.module: Any = source.build()
+        known = {name: source.travels(name) for name, _ in self.module.named_parameters()}
+        self.manifest = Manifest(
+            tuple(
+                TensorSpec(kept, tuple(parameter.shape))
+                for name, parameter in self.module.named_parameters()
+                if (kept := known[name]) is not None
+            )
+        )
         # Before sharding: FSDP2 fixes which parameters need gradients when it wraps them.
         chosen = {segment.name for segment in self.manifest.select(select)}
         for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(name in chosen)
+            parameter.requires_grad_(known[name] in chosen)
         if checkpointing is None:
             checkpointing = (
                 ranks.device.type == "cuda" and self.manifest.coordinates >= CHECKPOINTING_FROM
@@ -156,13 +116,20 @@ class ResidentModel:
         self._replicated = replicated
         if checkpointing:
             self.module.activation_checkpointing_enable({"use_reentrant": False})
+        tied = bool(getattr(self.module.config, "tie_word_embeddings", False))
         if ranks.sharded:
+            if tied:
+                raise ModelError("model.config", "tied embeddings are not sharded: use one rank")
             self._shard()
         self.module.to_empty(device=ranks.device)
-        # The one buffer is computed, not stored: to_empty left it undefined.
-        rotary = LlamaRotaryEmbedding(self.module.config).to(ranks.device)
-        self.module.model.rotary_emb = rotary
-        self._parameters = dict(self.module.named_parameters())
+        if tied:
+            self.module.tie_weights()
+        computed_buffers(self.module, ranks.device)
+        held = dict(self.module.named_parameters())
+        self._load_base(source, {name: held[name] for name, kept in known.items() if kept is None})
+        self._parameters: dict[str, nn.Parameter] = {
+            kept: held[name] for name, kept in known.items() if kept is not None
+        }
         self.trainable = [
             LocalPart(
                 name, _leaf(parameter) if isinstance(parameter, DTensor) else parameter, parameter
@@ -178,8 +145,24 @@ class ResidentModel:
             whole = {p for p in self.module.parameters() if p.requires_grad}
         elif self.ranks.device.type == "cuda":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for part in (*self.module.model.layers, self.module):
+        for part in (*decoder_layers(self.module), self.module):
             fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole or None)
+
+    def _load_base(self, source: Source, parts: Mapping[str, nn.Parameter]) -> None:
+        """Read this rank's rows of what does not travel."""
+        wanted: dict[str, tuple[int, int] | None] = {}
+        where: dict[str, nn.Parameter] = {}
+        for name, parameter in parts.items():
+            stored, rows = source.stored(name), None
+            if isinstance(parameter, DTensor):
+                rows = _rows(parameter.shape[0], self.ranks.rank, self.ranks.world)
+            wanted[stored], where[stored] = rows, parameter
+        with torch.no_grad():
+            for stored, tensor in source.tensors(wanted):
+                mine = _local(where[stored])
+                if mine.shape != tensor.shape:
+                    raise FolderError(f"tensor {stored} has another shape than config.json says")
+                mine.copy_(tensor)
 
     # -- weights in and out ----------------------------------------------------------------------
 
@@ -197,7 +180,7 @@ class ResidentModel:
             for spec, segment in zip(self.manifest.tensors, self.manifest.segments, strict=True):
                 rows = theta_D[segment.start : segment.stop].reshape(spec.shape)
                 if isinstance(self._parameters[spec.name], DTensor):
-                    start, stop = _rows(spec, self.ranks.rank, self.ranks.world)
+                    start, stop = _rows(spec.shape[0], self.ranks.rank, self.ranks.world)
                     rows = rows[start:stop]
                 mine = np.array(rows, dtype=np.float32)
                 if not np.isfinite(mine).all():

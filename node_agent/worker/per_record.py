@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from node_agent.worker.data import IGNORE, PAD
+from node_agent.worker.data import IGNORE
 from node_agent.worker.model import ResidentModel, on_device
 from node_agent.worker.private_path import MIXING, Structure, Way
 from node_agent.worker.records import Record
+from node_agent.worker.tokens import PAD
 
 GUARD: Final = 1.0 - 2.0**-20  # of the clip norm
 
@@ -49,13 +50,13 @@ def structure_of(model: ResidentModel) -> Structure:
     for part in module.modules():
         name = type(part).__name__
         own = list(part.parameters(recurse=False))
-        if own:
-            holders.add(name.removeprefix("FSDP"))  # what fully_shard makes of a class
         if any(word in name for word in MIXING):
             mixing.append(name)
         if isinstance(part, nn.modules.dropout._DropoutNd):
             dropout = max(dropout, part.p)
         trained = any(parameter.requires_grad for parameter in own)
+        if trained:
+            holders.add(name.removeprefix("FSDP"))  # what fully_shard makes of a class
         if trained and any(True for _ in part.buffers(recurse=False)):
             buffers.append(name)
         for parameter in own:

@@ -34,7 +34,7 @@ class Structure:
     """What matters about a model, as plain values."""
 
     trainable: int  # coordinates, d
-    modules: frozenset[str]  # class names of modules that hold parameters, trained or not
+    modules: frozenset[str]  # class names of modules that hold trained parameters
     mixing: tuple[str, ...]  # class names of modules that mix records
     dropout: float  # the largest probability in the model
     trainable_buffers: tuple[str, ...]  # trained modules with running statistics

@@ -1,7 +1,7 @@
 """A site's documents as records of a private step: fixed-length rows, never packed. No torch.
 
-A document is ``BOS bytes EOS``, cut every ``sequence_length`` predicted tokens; each piece is a row
-that begins with the last token of the one before, so every byte is predicted once. Rows of two
+A document's tokens (tokens.py) are cut every ``sequence_length`` predicted ones; each piece, a row,
+begins with the last token of the one before, so every token is predicted once. Rows of two
 documents are never laid together: then removing one document changes its own record and no other.
 
     unit "document"   one record is one document: its first ``max_sequences`` rows. The loss of the
@@ -20,7 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from node_agent.worker.data import BOS, EOS, IGNORE, PAD, Corpus, TextReader, Tokens
+from node_agent.worker.data import IGNORE, Corpus, TextReader
+from node_agent.worker.tokens import BYTES, PAD, Encoder, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +43,12 @@ class Records:
         unit: Literal["document", "sequence"],
         max_sequences: int | None,
         sequence_length: int,
+        encoder: Encoder = BYTES,
     ) -> None:
-        self._reader = TextReader(corpus)
+        self._reader = TextReader(corpus, encoder)
         self._length = sequence_length
         self._unit = unit
-        rows: NDArray[np.int64] = -(-(corpus.text + 1) // sequence_length)  # bytes and EOS
+        rows: NDArray[np.int64] = -(-(corpus.tokens - 1) // sequence_length)  # the first is given
         self.all_rows = int(rows.sum())
         if max_sequences is not None:
             rows = np.minimum(rows, max_sequences)
@@ -78,10 +80,7 @@ class Records:
         else:
             document = int(np.searchsorted(self._ends, record, side="right"))
             first, count = record - int(self._ends[document] - self._rows[document]), 1
-        text = np.frombuffer(self._reader.text(document), dtype=np.uint8)
-        tokens = np.empty(text.size + 2, dtype=np.int64)
-        tokens[0], tokens[1:-1], tokens[-1] = BOS, text, EOS
-        return _cut(tokens, first=first, rows=count, length=self._length)
+        return _cut(self._reader.tokens(document), first=first, rows=count, length=self._length)
 
 
 def _cut(tokens: Tokens, *, first: int, rows: int, length: int) -> Record:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from node_agent.job_files import Theta
+from node_agent.model_folder import ModelFolder
 from node_agent.resident import Clock, JobContext, JobFailedError, JobInterruptedError
 from node_agent.spool import DeltaSummary, DeltaWriter, Job, Spool
 from node_agent.worker import state
@@ -32,6 +33,7 @@ from node_agent.worker.private_path import Setting, Way, rows_at_once, way_for
 from node_agent.worker.private_step import PrivateRun, Terms
 from node_agent.worker.records import Records
 from node_agent.worker.state import Memory, Partial, Progress
+from node_agent.worker.tokens import Encoder
 from protocols.errors import NonFiniteUpdateError
 from protocols.plan import Plan
 from protocols.tensors.manifest import Manifest
@@ -46,6 +48,7 @@ class Brief:
     manifest: Manifest
     corpus: Corpus | None  # None in an evaluation-only round
     documents: tuple[HeldOut, ...]  # empty when nothing is evaluated
+    folder: ModelFolder | None = None  # of the base model, if the plan has one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,7 @@ class Task:
     spool: Spool
     micro_batch: int
     random_bytes: Callable[[int], bytes] = field(repr=False)
+    encoder: Encoder
     context: JobContext | None  # on rank 0
 
     def remark(self, message: str) -> None:
@@ -127,6 +131,7 @@ class Task:
             sequence_length=self.brief.plan.local_step.sequence_length,
             ranks=self.ranks,
             gate=self.gate,
+            encoder=self.encoder,
         )
         if self.context is not None:
             self.context.say("evaluated", message=f"{len(self.brief.documents)} documents")
@@ -153,7 +158,9 @@ class Task:
             JobInterruptedError: the middle is on disk.
         """
         job, step = self.brief.job, self.brief.plan.local_step
-        text = PackedText(corpus, sequence_length=step.sequence_length, seed=job.seed)
+        text = PackedText(
+            corpus, sequence_length=step.sequence_length, seed=job.seed, encoder=self.encoder
+        )
         data = _fingerprint(corpus, step.sequence_length, job.seed)
         run = LocalStepRun(
             model=self.model,

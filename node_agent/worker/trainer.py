@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from node_agent.job_files import Theta, open_theta, read_plan
+from node_agent.model_folder import FolderError, ModelFolder, open_folder
 from node_agent.resident import (
     Clock,
     JobCancelledError,
@@ -44,12 +45,14 @@ from node_agent.worker.agreement import Gate, agree
 from node_agent.worker.data import Corpus, HeldOut, find_files, held_out, index_corpus
 from node_agent.worker.distributed import Ranks
 from node_agent.worker.local_step import Limits
-from node_agent.worker.model import ModelError, ResidentModel
+from node_agent.worker.model import ResidentModel
 from node_agent.worker.private_path import Way
 from node_agent.worker.records import Records
 from node_agent.worker.resources import Meter, energy_counter
 from node_agent.worker.state import Memory, Progress
+from node_agent.worker.structure import FolderSource, LlamaSource, ModelError, Source
 from node_agent.worker.task import Brief, Task
+from node_agent.worker.tokens import BYTES, Encoder, FolderEncoder
 from protocols.plan import Plan
 from protocols.plan_privacy import RECORD_MODES
 from protocols.tensors.manifest import Manifest
@@ -81,6 +84,10 @@ class Trainer:
         self._corpora: dict[Any, Corpus] = {}
         self._memory: Memory | None = None
         self._energy = energy_counter(ranks.device)
+        self._base_marks: tuple[tuple[str, int, int], ...] | None = None
+        self._base_digest = ""
+        self._tokenizer: Encoder | None = None
+        self._tokenizer_of = ""
         self._threads = torch.get_num_threads()  # what a job without its own number gets
 
     # -- the ranks' conversation -----------------------------------------------------------------
@@ -148,25 +155,64 @@ class Trainer:
 
     def _brief(self, job: Job, plan: Plan, manifest: Manifest) -> Brief:
         """Read the site's data. Raises: DataError; JobFailedError job.limits."""
-        if plan.model.family != "llama":
-            raise ModelError("model.config", f"this worker trains llama, not {plan.model.family}")
+        if plan.model.family == "vector":
+            raise ModelError("model.config", f"this worker does not train {plan.model.family}")
+        folder = self._folder(job, plan)
+        encoder = self._encoder(folder, plan)
         corpus = None
         if job.select != "none":
             if not Limits.of(job, plan.local_step).bounded:
                 raise JobFailedError("job.limits", "neither the job nor the plan limits training")
             _check_private(job, plan)
-            corpus = self._corpus(job.data.train)
+            corpus = self._corpus(job.data.train, encoder)
         documents: tuple[HeldOut, ...] = ()
         if plan.evaluates_in(job.index) and job.data.valid:
             documents = held_out(job.data.valid, limit=plan.evaluation.max_documents)
-        return Brief(job=job, plan=plan, manifest=manifest, corpus=corpus, documents=documents)
+        return Brief(
+            job=job,
+            plan=plan,
+            manifest=manifest,
+            corpus=corpus,
+            documents=documents,
+            folder=folder,
+        )
 
-    def _corpus(self, paths: tuple[str, ...]) -> Corpus:
+    def _corpus(self, paths: tuple[str, ...], encoder: Encoder) -> Corpus:
         """The index of the training files; read again only when a file was touched."""
-        key = (paths, _marks(paths))
+        key = (paths, _marks(paths), encoder.name)
         if key not in self._corpora:
-            self._corpora = {key: index_corpus(paths)}
+            self._corpora = {key: index_corpus(paths, encoder)}
         return self._corpora[key]
+
+    def _folder(self, job: Job, plan: Plan) -> ModelFolder | None:
+        """The base model's files, if the plan has one; hashed again only when one was touched.
+
+        Raises:
+            FolderError: there is none, or it is not the one that the plan names.
+        """
+        if plan.model.base is None:
+            return None
+        if job.base is None:
+            raise FolderError("the plan has a base model, and this site has no folder for it")
+        folder = open_folder(Path(job.base))
+        marks = folder.marks()
+        if marks != self._base_marks:
+            self._base_digest, self._base_marks = folder.digest(), marks
+        if self._base_digest != plan.model.base:
+            raise FolderError(
+                f"{folder.root} is {self._base_digest[:12]}…, the plan's base model is"
+                f" {plan.model.base[:12]}…"
+            )
+        return folder
+
+    def _encoder(self, folder: ModelFolder | None, plan: Plan) -> Encoder:
+        """How this plan's texts become tokens; a tokenizer is read once."""
+        if folder is None or plan.model.base is None:
+            return BYTES
+        if self._tokenizer is None or self._tokenizer_of != plan.model.base:
+            self._tokenizer = FolderEncoder(folder.root, digest=plan.model.base)
+            self._tokenizer_of = plan.model.base
+        return self._tokenizer
 
     # -- one job on every rank -------------------------------------------------------------------
 
@@ -201,6 +247,7 @@ class Trainer:
             spool=self._spool,
             micro_batch=self._options.micro_batch,
             random_bytes=self._options.random_bytes,
+            encoder=agree(ranks, lambda: self._encoder(brief.folder, brief.plan)),
             context=context,
         )
         held, self._memory = self._memory, None  # a job that fails leaves none: disk has the last
@@ -210,7 +257,7 @@ class Trainer:
         progress, my_steps, made, private = Progress(), 0, None, None
         shared: list[tuple[str, Theta]] = []
         if brief.corpus is not None and brief.plan.mode in RECORD_MODES:
-            records = self._records(brief, brief.corpus)
+            records = self._records(brief, brief.corpus, task.encoder)
             steps, made = task.train_private(
                 records, memory, evaluation, wanted=self._options.private_way
             )
@@ -239,7 +286,7 @@ class Trainer:
         )
 
     @staticmethod
-    def _records(brief: Brief, corpus: Corpus) -> Records:
+    def _records(brief: Brief, corpus: Corpus, encoder: Encoder) -> Records:
         privacy = brief.plan.privacy
         if privacy is None or privacy.unit == "institution":
             raise ValueError(f"mode {brief.plan.mode} does not protect records")
@@ -248,27 +295,25 @@ class Trainer:
             unit=privacy.unit,
             max_sequences=privacy.max_sequences,
             sequence_length=brief.plan.local_step.sequence_length,
+            encoder=encoder,
         )
 
     def _resident(self, brief: Brief) -> ResidentModel:
         """The model, built only when the structure or the trained tensors change."""
-        config = brief.plan.model.config
-        length, longest = (
-            brief.plan.local_step.sequence_length,
-            config.get("max_position_embeddings"),
-        )
-        if isinstance(longest, int) and length > longest:
+        source = source_of(brief.plan, brief.folder)
+        length, longest = brief.plan.local_step.sequence_length, source.longest
+        if longest is not None and length > longest:
             raise ModelError(
                 "model.config", f"sequence_length {length} is more than the model's {longest}"
             )
         private = brief.plan.mode in RECORD_MODES
-        key = (tuple(sorted(config.items())), brief.job.select, private)
+        key = (source, brief.job.select, private)
         if self._model is None or self._model_key != key:
             self._model = self._model_key = None  # free the old one first
             self._model = agree(
                 self._ranks,
                 lambda: ResidentModel(
-                    config,
+                    source,
                     select=brief.job.select,
                     ranks=self._ranks,
                     checkpointing=self._options.checkpointing,
@@ -281,6 +326,18 @@ class Trainer:
                 "model.manifest", "model.config describes other tensors than the manifest"
             )
         return self._model
+
+
+def source_of(plan: Plan, folder: ModelFolder | None) -> Source:
+    """Where the structure of a plan's model comes from.
+
+    Args:
+        plan: of the run.
+        folder: of its base model, whose digest was checked.
+    """
+    if folder is None or plan.model.base is None:
+        return LlamaSource.of(plan.model.config)
+    return FolderSource(folder, plan.model.base, plan.model.lora)
 
 
 def _check_private(job: Job, plan: Plan) -> None:

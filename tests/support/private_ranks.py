@@ -23,11 +23,12 @@ from torch.distributed.tensor import DTensor
 from node_agent.resident import Clock, Duty, Stop, serve
 from node_agent.spool import Spool
 from node_agent.worker import distributed, private_step
-from node_agent.worker.data import IGNORE, PAD
+from node_agent.worker.data import IGNORE
 from node_agent.worker.distributed import Ranks
 from node_agent.worker.model import ResidentModel, manifest_of, meta_model
 from node_agent.worker.per_record import ClippedSum
 from node_agent.worker.records import Record
+from node_agent.worker.tokens import PAD
 from node_agent.worker.trainer import Options, Trainer
 from tests.support.clipping import largest_move, random_config, random_records
 from tests.support.private_worker import counted_bytes, without_noise

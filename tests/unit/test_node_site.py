@@ -47,6 +47,7 @@ from tests.support.node import (
 )
 
 # -- config.toml -----------------------------------------------------------------------------------
+from tests.support.plans import plan as small_plan
 
 
 def rendered(**changes):
@@ -78,6 +79,10 @@ def test_data_paths_are_relative_to_the_file(tmp_path):
     folder.config.write_text(rendered(data=DataConfig(train=("text/*.jsonl",))), "utf-8")
 
     assert load_config(folder).data.train == (str(folder.root.resolve() / "text/*.jsonl"),)
+    assert load_config(folder).worker.base_model is None
+    text = folder.config.read_text("utf-8").replace("[worker]", '[worker]\nbase_model = "llama"')
+    folder.config.write_text(text, "utf-8")
+    assert load_config(folder).worker.base_model == str(folder.root.resolve() / "llama")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +248,12 @@ def builtin(**changes):
     return the_plan(local_step={"kind": "builtin", "max_steps": 1}, **changes)
 
 
+def from_folder():
+    """A plan that trains a model which every site holds in a folder."""
+    model = {"family": "huggingface", "manifest": "1" * 64, "initial": "2" * 64, "base": "3" * 64}
+    return small_plan(model=model, local_step={"kind": "builtin", "max_steps": 1})
+
+
 FLOWER = {"kind": "flower", "app": "their.app:client"}
 
 
@@ -280,6 +291,14 @@ FLOWER = {"kind": "flower", "app": "their.app:client"}
             "site.data",
         ),
         (builtin(), {}, SiteFacts(train=None, valid="gone", free_bytes=1), None),
+        (from_folder(), {}, WELL, "site.base_model"),
+        (
+            from_folder(),
+            {"worker": WorkerConfig(base_model="/nowhere/at/all")},
+            WELL,
+            "site.base_model",
+        ),
+        (from_folder(), {"worker": WorkerConfig(base_model="/tmp")}, WELL, None),
     ],
 )
 def test_what_a_site_allows(plan, config, facts, rule):

@@ -12,10 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node_agent.worker.data import (
-    BOS,
-    EOS,
     IGNORE,
-    PAD,
     DataError,
     HeldOut,
     PackedText,
@@ -25,6 +22,7 @@ from node_agent.worker.data import (
     index_corpus,
     windows,
 )
+from node_agent.worker.tokens import BOS, EOS, PAD
 
 
 def jsonl(path: Path, *texts: str, lang: str | None = None) -> Path:

@@ -9,9 +9,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from node_agent.worker.data import BOS, EOS, IGNORE, PAD, DataError, index_corpus
+from node_agent.worker.data import IGNORE, DataError, index_corpus
 from node_agent.worker.poisson import poisson_sample, threshold
 from node_agent.worker.records import Records
+from node_agent.worker.tokens import BOS, EOS, PAD
 
 LENGTH = 8
 TEXTS = ["", "a", "1234567", "12345678", "ñandú y choclo", "x" * 40]
