@@ -9,15 +9,17 @@ The parts share nothing but TCP connections and, once for each site, the text of
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from coordinator.config import load_config
+from infra.demo.policy import demo_site_policy
 from infra.demo.processes import Child, Household, Process
 from infra.runs.client import AdminClient
 from infra.runs.operator import Operator, find_operator
@@ -128,6 +130,24 @@ class Federation:
             "--ranks", str(ranks), "--device", "cpu", "--threads", "1", *approving,
         )  # fmt: skip
         self.household.run(f"{site} join", command, log=self.log(site), said=f"{token}\n".encode())
+
+    def declare(self, site: str, languages: Collection[str]) -> None:
+        """Say for a site what its texts are, as a person edits ``policy.toml`` after joining.
+
+        What was declared before stays: somebody may have changed it since.
+        """
+        path, data = self.node_folder(site) / "policy.toml", self.data_folder(site)
+        if path.exists() and 'licence = "unknown"' not in path.read_text("utf-8"):
+            return
+        text = demo_site_policy(
+            site,
+            paths=[str((data / name).absolute()) for name in ("train.jsonl", "valid.jsonl")],
+            languages=sorted(languages),
+            salt=secrets.token_bytes(32),
+        )
+        temporary = path.with_name(".policy.toml.tmp")
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
 
     def start_node(self, site: str) -> Child:
         """Start a site's agent; it starts its worker when there is work."""

@@ -24,7 +24,7 @@ from infra.demo.faults import Striker, Struck
 from infra.demo.federation import Federation
 from infra.demo.follow import Entry, History, follow
 from infra.demo.governance import ADMINS, MIN_COUNTRIES, THRESHOLD, DemoGovernance
-from infra.demo.policy import demo_policy
+from infra.demo.policy import TERMS, demo_policy
 from infra.demo.processes import Household
 from infra.demo.report import MODES, learned, print_end, summary, write_summary
 from infra.demo.settings import Settings, claim_folder, write_settings
@@ -42,6 +42,7 @@ from infra.runs.plan_file import (
 )
 from infra.runs.submission import submit
 from node_agent.code_digest import installed_code
+from policies.consortium import ConsortiumPolicy
 from policies.trust import POLICY_DOCUMENT
 from protocols.errors import (
     ConfigurationError,
@@ -144,6 +145,8 @@ def _play(
                     approving=governance.approving(site),
                 )
                 view.say(f"{site} joined by a one-time invitation, approved by its institution")
+            languages = next(text.languages for text in texts if text.site == site)
+            federation.declare(site, languages)
         _submit(settings, texts, federation, governance, client, view)
         for site in settings.sites:
             federation.start_node(site)
@@ -296,10 +299,12 @@ def _submit(
     written = _written(settings, texts)
     model = _first_model(federation)
     made: Submission = complete_plan(
-        written,
+        written | {"terms": TERMS},
         model,
         federation_of(federation.operator().certificate),
         client.signing_keys(),
+        policy=ConsortiumPolicy.from_bytes(governance.base().state.documents[POLICY_DOCUMENT]),
+        code=installed_code(),
     )
     (start / "plan.json").write_bytes(made.plan.to_bytes())
     governance.sign_plan(made.plan, client)
