@@ -75,9 +75,13 @@ def read_log(folder: Path, *, checkpoint: bytes | None = None) -> LogFiles:
         NotFoundError: the folder holds no checkpoint.
         MalformedMessageError: the checkpoint is larger than any can be.
     """
+    archive = _read_archive(folder / "checkpoints")
     if checkpoint is None:
         checkpoint = read_bounded(folder / CHECKPOINT, MAX_NOTE)
-    archive = _read_archive(folder / "checkpoints")
+        # A writer archives a head before it becomes the latest: the larger one is what was signed.
+        newest = max(archive, default=0)
+        if newest > (stated_size(checkpoint) or newest):
+            checkpoint = archive.pop(newest)
     size = stated_size(checkpoint)
     torn: list[Fault] = []
     if size is None:  # then by what is there

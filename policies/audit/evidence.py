@@ -51,6 +51,7 @@ class Evidence:
     tree: Tree
     taken: tuple[Taken, ...]  # leaves that hold, from 0
     replay: Replay  # after them
+    rounds: Mapping[RoundId, RoundState]  # by run and number
     faults: tuple[Fault, ...]  # in the order of the checks
     anchored: bool  # the trust policy came from outside the log
     documents: Documents = field(repr=False)  # by SHA-256
@@ -72,11 +73,6 @@ class Evidence:
     def first(self) -> Fault | None:
         """The first bad place."""
         return first_fault(self.faults)
-
-    @property
-    def rounds(self) -> Mapping[RoundId, RoundState]:
-        """By run and number."""
-        return dict(sorted(self.replay.rounds.items()))
 
     def plan_of(self, state: RoundState) -> Plan | None:
         """The plan itself, where it is at hand."""
@@ -149,6 +145,7 @@ def gather(
         tree=tree,
         taken=tuple(taken),
         replay=replay,
+        rounds=dict(sorted(replay.rounds.items())),
         faults=tuple(faults),
         anchored=anchored,
         documents=documents,

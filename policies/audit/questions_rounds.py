@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from policies.audit.certificates import abort_certificate
 from policies.audit.evidence import Evidence, ended, released
 from policies.audit.records import Record, Result
 from policies.audit.rounds import AttemptState, RoundState
@@ -102,7 +103,10 @@ def q08_aborted_or_burned(evidence: Evidence) -> Iterator[Record]:
         found = [(a, a.aborted) for a in state.attempts if a.aborted is not None]
         if state.ended is not None and state.ended.attempt == 0:
             said = state.ended
-            reason = f"{said.outcome} in {said.phase} before any attempt: {said.code}"
+            when = (
+                f"after attempt {len(state.attempts)}" if state.attempts else "before any attempt"
+            )
+            reason = f"{said.outcome} in {said.phase} {when}: {said.code}"
             yield _record("8", round_, Result.PASS, (state.plan_at,), f"{reason} ({said.actor})")
         for attempt, said in found:
             reason = (
@@ -111,7 +115,7 @@ def q08_aborted_or_burned(evidence: Evidence) -> Iterator[Record]:
             )
             result = Result.PASS
             if said.certificate_sha256 is not None:
-                result, more = _abort_certificate(evidence, round_, state, attempt)
+                result, more = abort_certificate(evidence, round_, state, attempt)
                 reason += more
             yield _record("8", round_, result, (attempt.start,), reason)
         open_ = [a for a in state.attempts if not a.over and a.aggregate is None]
@@ -120,40 +124,16 @@ def q08_aborted_or_burned(evidence: Evidence) -> Iterator[Record]:
             yield _record("8", round_, Result.UNKNOWN, (attempt.start,), reason)
 
 
-def _abort_certificate(
-    evidence: Evidence, round_: RoundId, state: RoundState, attempt: AttemptState
-) -> tuple[Result, str]:
-    from protocols.secagg.checks import check_abort_certificate  # noqa: PLC0415 - rarely needed
-    from protocols.secagg.messages import AbortCertificate  # noqa: PLC0415
-
-    said, plan = attempt.aborted, evidence.plan_of(state)
-    digest = said.certificate_sha256 if said else None
-    data = evidence.documents(Digest(digest)) if digest else None
-    if data is None or plan is None:
-        return Result.UNKNOWN, "; the certificate is not at hand"
-    if sha256_hex(data) != digest:
-        return Result.FAIL, "; the certificate at hand is another one"
-    try:
-        number = attempt.number
-        terms = attempt_of(plan, round_, number, Digest(state.plan.model_in))
-        check_abort_certificate(AbortCertificate.from_bytes(data), terms)
-    except FederationError as error:
-        return Result.FAIL, f"; {error}"
-    return Result.PASS, "; a quorum signed the abort"
-
-
 def q09_dropped_or_refused(evidence: Evidence) -> Iterator[Record]:
     """Joined without included is dropped, each with its phase and code; who declined signed it."""
+    declined: dict[RoundId, list[int]] = {}
+    for taken in evidence.of(RoundDecline):
+        _, about = parse_round_subject(taken.statement.subject)
+        declined.setdefault(about, []).append(taken.index)
     for round_, state in evidence.rounds.items():
-        declined = {
-            taken.said.node: taken
-            for taken in evidence.of(RoundDecline)
-            if isinstance(taken.said, RoundDecline)
-            and parse_round_subject(taken.statement.subject)[1] == round_
-        }
         parts = [f"{n} declined: {', '.join(d.rules)}" for n, d in sorted(state.declines.items())]
         attempt = released(state)
-        leaves = [taken.index for taken in declined.values()]
+        leaves = list(declined.get(round_, ()))
         if attempt is not None and attempt.aggregate is not None:
             parts += [f"{d.node} lost in {d.phase}: {d.code}" for d in attempt.aggregate.dropped]
             leaves.append(attempt.aggregate_at or state.plan_at)

@@ -18,7 +18,7 @@ Normative text: protocols/spec/log.md, section 12.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -94,6 +94,22 @@ class _Requested:
     index: int
     said: EnrolRequest
     certified: Digest | None = None  # spki of the certificate that answered it
+
+
+class _PublicKeys(Mapping[KeyId, bytes]):
+    """The keys of some holders, without a copy for each leaf."""
+
+    def __init__(self, holders: Mapping[KeyId, Holder]) -> None:
+        self._holders = holders
+
+    def __getitem__(self, key: KeyId) -> bytes:
+        return self._holders[key].public_key
+
+    def __iter__(self) -> Iterator[KeyId]:
+        return iter(self._holders)
+
+    def __len__(self) -> int:
+        return len(self._holders)
 
 
 class Replay:
@@ -217,7 +233,7 @@ class Replay:
             holder = Holder(role=Role.COORDINATOR, name="coordinator", public_key=key, since=0)
             return open_leaf(entry, {key_id_of(key): key}), holder
         try:
-            leaf = open_leaf(entry, self.keys())
+            leaf = open_leaf(entry, _PublicKeys(self.holders))
             return leaf, self.holders[leaf.signer]
         except BadSignatureError:
             said = _said(entry)

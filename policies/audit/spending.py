@@ -1,7 +1,8 @@
 """Privacy as the log shows it: which updates are spent, and what they come to.
 
 Spent is what may have been opened: the commits of an attempt that released or burned, or whose end
-is not in the log. Only an attempt that ended as aborted, with its certificate, costs nothing.
+is not in the log. Only an attempt that ended as aborted, with a certificate that is at hand and
+holds, costs nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from policies.audit.certificates import abort_certificate
 from policies.audit.evidence import Evidence
+from policies.audit.records import Result
 from policies.audit.replay import Taken
 from policies.privacy.claim import Claim, claim_of, spent_by
 from protocols.errors import MalformedMessageError, PlanRefusedError
-from protocols.identifiers import Digest
+from protocols.identifiers import Digest, RoundId
 from protocols.plan import Plan
 from protocols.round_vector import round_layout
 from protocols.tensors.manifest import Manifest
@@ -42,20 +45,30 @@ class Spending:
 def spent_claims(evidence: Evidence) -> list[tuple[Taken, Claim]]:
     """The claims that count, with their leaves; malformed ones are among ``wrong_claims``."""
     found = []
+    unspent: dict[tuple[RoundId, int], bool] = {}
     for taken in evidence.of(UpdateCommit):
         said = taken.said
         if not isinstance(said, UpdateCommit) or said.privacy is None:
             continue
         _, round_ = parse_round_subject(taken.statement.subject)
-        attempt = evidence.rounds[round_].started(said.attempt)
-        ended = attempt.aborted if attempt else None
-        if ended is not None and ended.outcome == "aborted":
+        if (round_, said.attempt) not in unspent:
+            unspent[round_, said.attempt] = _cannot_be_opened(evidence, round_, said.attempt)
+        if unspent[round_, said.attempt]:
             continue
         try:
             found.append((taken, Claim.from_value(said.privacy)))
         except MalformedMessageError:
             continue
     return found
+
+
+def _cannot_be_opened(evidence: Evidence, round_: RoundId, number: int) -> bool:
+    """What is not surely unspent is charged: an abort counts only with a certificate that holds."""
+    state = evidence.rounds[round_]
+    attempt = state.started(number)
+    if attempt is None or attempt.aborted is None or attempt.aborted.outcome != "aborted":
+        return False
+    return abort_certificate(evidence, round_, state, attempt)[0] is Result.PASS
 
 
 def wrong_claims(evidence: Evidence) -> tuple[list[tuple[Taken, str]], list[Taken]]:

@@ -13,9 +13,11 @@ another copy differs where no witness, node or archive remembers it, or that lea
 from __future__ import annotations
 
 import hmac
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import accumulate
 
 from policies.audit.records import Fault
 from protocols.errors import IntegrityError, MalformedMessageError, RefusedError
@@ -47,6 +49,26 @@ class Head:
     quorum_at: int  # Unix seconds: when they were a quorum; 0 where the policy asks for none
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Witnessed times by size, so that the bounds of a leaf are found by halving."""
+
+    sizes: tuple[int, ...]  # of heads with a quorum, ascending
+    latest: tuple[int, ...]  # of this head and all smaller ones, Unix seconds
+    earliest: tuple[int, ...]  # of this head and all larger ones
+
+    @classmethod
+    def of(cls, heads: Sequence[Head]) -> Times:
+        """Of heads in ascending order."""
+        known = [head for head in heads if head.quorum_at]
+        times = [head.quorum_at for head in known]
+        return cls(
+            sizes=tuple(head.size for head in known),
+            latest=tuple(accumulate(times, max)),
+            earliest=tuple(reversed(list(accumulate(reversed(times), min)))),
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
     """The tree of the entries and what was found about it."""
@@ -55,6 +77,7 @@ class Tree:
     size: int  # of the checkpoint, or of the entries where it cannot be read
     hashes: Sequence[bytes]  # leaf hashes of the entries
     heads: tuple[Head, ...]  # good checkpoints whose tree the entries have, ascending
+    times: Times
     faults: tuple[Fault, ...]
     unwitnessed: bool  # the trust policy asks for no cosignature
     without_quorum: int  # archived checkpoints that agree, but lack this trust policy's quorum
@@ -66,9 +89,10 @@ class Tree:
 
         None: nothing bounds it on that side.
         """
-        before = [h.quorum_at for h in self.heads if h.size <= index and h.quorum_at]
-        after = [h.quorum_at for h in self.heads if h.size > index and h.quorum_at]
-        return max(before, default=None), min(after, default=None)
+        at = bisect_right(self.times.sizes, index)
+        before = self.times.latest[at - 1] if at else None
+        after = self.times.earliest[at] if at < len(self.times.earliest) else None
+        return before, after
 
 
 def check_tree(files: LogFiles, policy: TrustPolicy, *, now: int) -> Tree:
@@ -128,11 +152,13 @@ def check_tree(files: LogFiles, policy: TrustPolicy, *, now: int) -> Tree:
         heads.append(_head(policy, accepted))
     if len(hashes) > size:
         faults.append(Fault.at("extra", size, f"there are entries behind the {size} of the log"))
+    ascending = tuple(sorted(heads, key=lambda head: (head.size, head.quorum_at)))
     return Tree(
         origin=origin,
         size=size,
         hashes=hashes,
-        heads=tuple(sorted(heads, key=lambda head: (head.size, head.quorum_at))),
+        heads=ascending,
+        times=Times.of(ascending),
         faults=tuple(faults),
         unwitnessed=policy.quorum is None,
         without_quorum=early,

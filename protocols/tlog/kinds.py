@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -185,6 +186,7 @@ def round_subject(federation: FederationId, round_: RoundId) -> str:
     return f"fed/{federation}/{round_.run}/round/{round_.number}"
 
 
+@lru_cache(maxsize=4096)  # many leaves are about one round
 def parse_round_subject(subject: str) -> tuple[FederationId, RoundId]:
     """Raises: MalformedMessageError: another form."""
     match subject.split("/"):

@@ -313,6 +313,34 @@ def open_leaf(entry: bytes, keys: Mapping[KeyId, bytes]) -> Leaf:
         MalformedMessageError: steps 1 and 4.
         BadSignatureError: steps 2 and 3.
     """
+    payload, signer, signed = _envelope(entry)
+    key = keys.get(signer)
+    if key is None:
+        raise BadSignatureError(f"the leaf is signed by {signer}, which is no member's key")
+    if key_id_of(key) != signer:
+        raise ValueError("the membership lists a key under another key's id")
+    check_ed25519(key, pae(PAYLOAD_TYPE, payload), signed, signer)
+    return Leaf(entry=entry, signer=signer, statement=Statement.parse(payload))
+
+
+# The one canonical spelling of an envelope: what matches needs no second look at its form.
+_ENVELOPE: Final = re.compile(
+    rb'\{"payload":"([A-Za-z0-9+/=]*)","payloadType":"application/vnd\.in-toto\+json",'
+    rb'"signatures":\[\{"keyid":"([0-9a-f]{64})","sig":"([A-Za-z0-9+/=]*)"\}\]\}'
+)
+
+
+def _envelope(entry: bytes) -> tuple[bytes, KeyId, bytes]:
+    """Payload, keyid and signature of an entry; nothing verified.
+
+    Raises:
+        MalformedMessageError: any other form; only then is it read as JSON, to say what is wrong.
+    """
+    match = _ENVELOPE.fullmatch(entry) if len(entry) <= MAX_LEAF else None
+    if match is not None:
+        text, signer, sig = (part.decode("ascii") for part in match.groups())
+        payload = decode_base64(text, "the payload")
+        return payload, KeyId(Digest(signer)), decode_base64(sig, "the signature")
     top = _object(
         parse_canonical(entry, limit=MAX_LEAF),
         {"payload", "payloadType", "signatures"},
@@ -326,14 +354,7 @@ def open_leaf(entry: bytes, keys: Mapping[KeyId, bytes]) -> Leaf:
     signature = _object(signatures[0], {"keyid", "sig"}, "the signature")
     payload = decode_base64(_text(top["payload"], "payload"), "the payload")
     signed = decode_base64(_text(signature["sig"], "sig"), "the signature")
-    signer = KeyId(parse_digest(signature["keyid"]))
-    key = keys.get(signer)
-    if key is None:
-        raise BadSignatureError(f"the leaf is signed by {signer}, which is no member's key")
-    if key_id_of(key) != signer:
-        raise ValueError("the membership lists a key under another key's id")
-    check_ed25519(key, pae(PAYLOAD_TYPE, payload), signed, signer)
-    return Leaf(entry=entry, signer=signer, statement=Statement.parse(payload))
+    return payload, KeyId(parse_digest(signature["keyid"])), signed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,8 @@ Absolute times on a shared machine mean nothing; ratios inside one run do. So ev
 measured next to the row that it is compared with, and the ratios are computed here.
 
 Groups: ``bulk`` (transfer over loopback), ``round`` (a whole round without training), ``memory``
-(the coordinator's peak, with more nodes and with a larger model), ``peers`` (other systems; needs
+(the coordinator's peak, with more nodes and with a larger model), ``audit`` (verifying a log),
+``peers`` (other systems; needs
 the network the first time, so it runs only when it is named or with ``--peers``).
 """
 
@@ -22,11 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench import floor, masking, ours
+from tests.bench import auditing, floor, masking, ours
 from tests.bench.peers.__main__ import PEERS, default_work, peer_rows
 from tests.bench.rows import Row, report, table, together
 
-GROUPS = ("bulk", "round", "masking", "memory", "peers")
+GROUPS = ("bulk", "round", "masking", "audit", "memory", "peers")
 OUT = Path(__file__).parents[2] / "bench" / "out" / "results.json"
 
 
@@ -123,6 +124,11 @@ def masks(settings: Settings) -> Iterator[Row]:
     )
 
 
+def audit(settings: Settings) -> Iterator[Row]:
+    quick = settings.amount is QUICK
+    yield from auditing.rows(rounds=10 if quick else 45, repetitions=3)
+
+
 def memory(settings: Settings) -> Iterator[Row]:
     for params, nodes in settings.amount.memory:
         yield ours.memory_row(params=params, nodes=nodes, work=settings.scratch)
@@ -136,6 +142,7 @@ RUN: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "bulk": bulk,
     "round": whole_round,
     "masking": masks,
+    "audit": audit,
     "memory": memory,
     "peers": peers,
 }
@@ -145,7 +152,7 @@ def run(groups: Sequence[str], settings: Settings) -> list[Row]:
     """The rows of the chosen groups. Peers take turns with the round they are compared with."""
     rows: list[Row] = []
     both = {"round", "peers"} <= set(groups)
-    for name in ("bulk", "round", "masking", "peers", "memory"):
+    for name in ("bulk", "round", "masking", "audit", "peers", "memory"):
         if name in groups and not (name == "peers" and both):
             found = whole_round(settings, peers=True) if name == "round" and both else None
             for row in found or RUN[name](settings):

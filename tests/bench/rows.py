@@ -60,6 +60,7 @@ class Row:
     mb_per_s: Spread | None = None
     server_peak_rss_mb: float | None = None
     bytes_per_node: Mapping[str, int] | None = None  # "up" and "down", one round
+    leaves_per_s: float | None = None  # of the round log
     note: str = ""
     skipped: str | None = None  # why there is no measurement; then every figure is None
 
@@ -74,6 +75,7 @@ class Row:
             "mb_per_s": self.mb_per_s and self.mb_per_s.to_json(),
             "server_peak_rss_mb": None if rss is None else round(rss, 1),
             "bytes_per_node": None if self.bytes_per_node is None else dict(self.bytes_per_node),
+            "leaves_per_s": None if self.leaves_per_s is None else round(self.leaves_per_s),
             "note": self.note,
             "skipped": self.skipped,
         }
@@ -144,6 +146,17 @@ LIMITS: tuple[Limit, ...] = (
     Limit(params=25_000_000, nodes=33, at_most_mb=440.0),  # within 10 % of that
     Limit(params=100_000_000, nodes=4, at_most_mb=600.0),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """A least number of leaves a second, for our rows whose work begins so."""
+
+    what: str
+    at_least: float
+
+
+RATES: tuple[Rate, ...] = (Rate(what="audit", at_least=2000.0),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +295,23 @@ def memory_checks(rows: Iterable[Row], limits: Sequence[Limit] = LIMITS) -> list
     return checks
 
 
+def rate_checks(rows: Iterable[Row], rates: Sequence[Rate] = RATES) -> list[dict[str, Any]]:
+    """Our rows that count leaves, each held against its least rate."""
+    return [
+        {
+            "text": row.what,
+            "leaves_per_s": round(row.leaves_per_s),
+            "at_least": rate.at_least,
+            "met": row.leaves_per_s >= rate.at_least,
+        }
+        for row in rows
+        for rate in rates
+        if row.leaves_per_s is not None
+        and row.system.startswith(OURS)
+        and row.what.startswith(rate.what)
+    ]
+
+
 def millions(params: int) -> str:
     """2_500_000 -> "2.5 M"."""
     return f"{params / 1e6:g} M"
@@ -299,6 +329,7 @@ def report(rows: Sequence[Row]) -> dict[str, Any]:
         "rows": [row.to_json() for row in rows],
         "ratios": [ratio.to_json() for ratio in ratios(rows)],
         "memory": [check.to_json() for check in memory_checks(rows)],
+        "rates": rate_checks(rows),
     }
 
 
@@ -318,6 +349,11 @@ def table(rows: Sequence[Row]) -> str:
             f"at most {check.at_most_mb:.0f} MB: {_verdict(check.met)}"
             for check in checks
         ]
+    lines += [
+        f"  {check['text']}: {check['leaves_per_s']} leaves/s, "
+        f"at least {check['at_least']:.0f}: {_verdict(check['met'])}"
+        for check in rate_checks(rows)
+    ]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -333,6 +369,8 @@ def _line(row: Row) -> str:
         parts.append(f"{spread.minimum:.0f} / {spread.median:.0f} / {spread.maximum:.0f} MB/s")
     if row.server_peak_rss_mb is not None:
         parts.append(f"server {row.server_peak_rss_mb:.0f} MB")
+    if row.leaves_per_s is not None:
+        parts.append(f"{row.leaves_per_s:.0f} leaves/s")
     if row.bytes_per_node is not None:
         up, down = row.bytes_per_node.get("up"), row.bytes_per_node.get("down")
         parts += [f"{n / 1e6:.1f} MB {way}" for n, way in ((up, "up"), (down, "down")) if n]

@@ -136,6 +136,17 @@ def test_a_checkpoint_from_elsewhere_convicts_a_log_that_was_cut_back(run):
     assert f"leaf {older}" in done.error
 
 
+def test_a_head_that_was_archived_and_not_yet_published_is_the_newest(run):
+    """A writer may die between the two files; a checkpoint that was put back is no way to hide."""
+    older = sorted(the_run().checkpoints)[-2]
+    (run / "log/checkpoint").write_bytes((run / "log/checkpoints" / str(older)).read_bytes())
+
+    facts = json.loads(minga("audit", "verify", run / "log", "--json").out)
+
+    assert facts["size"] == 80
+    assert facts["first_bad"] is None
+
+
 # -- proof ---------------------------------------------------------------------------------------
 
 

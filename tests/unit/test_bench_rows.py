@@ -12,6 +12,7 @@ from tests.bench.rows import (
     Spread,
     Target,
     memory_checks,
+    rate_checks,
     ratios,
     report,
     round_work,
@@ -126,3 +127,14 @@ def test_memory_is_held_against_its_limit_and_against_four_nodes():
     assert [check.met for check in good] == [True, True]
     assert [check.met for check in bad] == [False, False]
     assert memory_checks([memory(33, 1.0)], limits) == []  # nothing to compare with
+
+
+def test_a_rate_that_is_too_low_is_missed():
+    rows = [
+        Row(what="audit of a log", system=f"{OURS}, verify", leaves_per_s=rate)
+        for rate in (2500.0, 1999.0)
+    ]
+    rows.append(Row(what="audit of a log", system="floor", leaves_per_s=10.0))
+    rows.append(Row(what="something else", system=OURS, leaves_per_s=10.0))
+
+    assert [check["met"] for check in rate_checks(rows)] == [True, False]
