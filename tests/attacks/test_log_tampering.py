@@ -265,7 +265,9 @@ def test_a_node_that_changes_its_own_privacy_claim_is_found():
 def private_run(*, change: bool) -> Tampered:
     from tests.support.private_plans import _PARTS
 
-    made = Run(mode="record-local", changes=_PARTS["record-local"])
+    made = Run(
+        mode="record-local", changes=_PARTS["record-local"] | {"evaluation": {"languages": []}}
+    )
     honest = made.claim
 
     def claim():

@@ -7,6 +7,7 @@ documents beside its log.
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 
@@ -18,6 +19,7 @@ from protocols.canonical import sha256_hex
 from protocols.governance.repository import parse_metadata
 from protocols.tlog import kinds
 from protocols.tlog.trust_policy import TrustPolicy
+from tests.support.audit_disk import minga
 from tests.support.audit_run import FEDERATION, NODES, Run
 from tests.support.tampering import rewritten
 from tests.support.trust import World, institution, policy_bytes
@@ -226,6 +228,32 @@ def test_files_that_are_not_at_hand_are_unknown_not_good():
 
     assert found.first is None
     assert {result for result, _ in answers(found, "2")} == {"unknown"}
+
+
+def test_a_mirror_brings_all_that_the_admins_signed(tmp_path):
+    """Also what is not in force any more: leaves name every version."""
+    from coordinator.static_http import StaticServer
+
+    made = governed()
+    documents, made.run.documents = made.run.documents, {}
+    made.run.write(tmp_path)
+    made.run.documents = documents
+    made.world.write(tmp_path / "signed")
+    (tmp_path / "root.json").write_bytes(made.root)
+    server = StaticServer("127.0.0.1:0", {"log": tmp_path / "log", "tuf": tmp_path / "signed"})
+    server.start()
+    try:
+        url, mine = f"http://127.0.0.1:{server.port}", tmp_path / "mine"
+        policy = ("--trust-policy", tmp_path / "log/trust-policy.txt")
+        done = minga("audit", "mirror", f"{url}/log", mine, *policy, "--tuf", f"{url}/tuf")
+        assert done.status == 0, done.error
+    finally:
+        server.stop()
+
+    checked = minga("audit", "verify", mine, *policy, "--root", tmp_path / "root.json", "--json")
+    found = {r["id"]: r["result"] for r in json.loads(checked.out)["records"]}
+    assert checked.status == 0, checked.error
+    assert found["2"] == found["3"] == found["15"] == "pass"
 
 
 @pytest.mark.parametrize("kept", [("ana",), ()])
