@@ -147,6 +147,11 @@ STARTING_RULES: Final = """\
 """
 
 
+NO_TEXTS: Final = """\
+datasets = []                    # no texts were named: [[datasets]] takes the place of this line
+"""
+
+
 def starting_policy(
     *, paths: Sequence[str], jurisdiction: str, time_zone: str, salt: bytes, residency: str
 ) -> str:
@@ -192,7 +197,7 @@ salt = {text(salt.hex())}
 time_zone = {text(time_zone)}
 requires_approval = false        # true: a person approves each plan with `minga node approve`
 approvers = []                   # who may; empty: whoever can write in this folder
-
+{"" if paths else NO_TEXTS}
 [[hours]]                        # when rounds may be joined, in local time
 days = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 from = "00:00"

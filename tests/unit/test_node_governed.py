@@ -284,6 +284,17 @@ def test_what_join_writes_is_complete_and_declares_nothing(tmp_path):
     )
 
 
+def test_what_join_writes_without_texts_can_be_read(tmp_path):
+    folder = node_folder(tmp_path)
+    text = starting_policy(
+        paths=[], jurisdiction="XX", time_zone="UTC", salt=os.urandom(32), residency="anywhere"
+    )
+    folder.policy.write_text(text, "utf-8")
+    folder.rules.write_text(STARTING_RULES, "utf-8")
+
+    assert load_site_rules(folder).policy.datasets == ()
+
+
 def test_the_doctor_says_what_to_mend(tmp_path):
     def levels(changes, rules="", at=LATE, governed=True):
         folder = written(tmp_path, changes, rules)
