@@ -366,7 +366,7 @@ def test_an_interrupted_round_ends_with_the_same_bits(tmp_path, at):
 
     assert broken.delta(job).tobytes() == whole.delta(job).tobytes()
     one, other = whole.result(job), broken.result(job)
-    clockless = {"seconds": 0.0}
+    clockless = {"seconds": 0.0, "spent": None}
     assert other.model_copy(update=clockless) == one.model_copy(update=clockless)
     assert sorted(p.name for p in broken.spool.state("tiny").iterdir()) == ["000000", "000001"]
 
@@ -728,7 +728,7 @@ def test_text_is_indexed_again_only_when_it_was_touched(tmp_path, monkeypatch):
     worker, calls = Worker(site), []
     monkeypatch.setattr(
         "node_agent.worker.trainer.index_corpus",
-        lambda paths: (calls.append(1), index_corpus(paths))[1],
+        lambda paths, encoder: (calls.append(1), index_corpus(paths, encoder))[1],
     )
     for number in range(3):
         site.ask(number)
