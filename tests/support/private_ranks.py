@@ -1,8 +1,8 @@
 """``torchrun ... -m tests.support.private_ranks DIR``: what two ranks make of private steps.
 
-Does the jobs that wait in DIR/site (without noise, by predictable chance), then measures how far a
-record moves the sum, with our loop and with two ways that look right and are not. Rank 0 writes
-DIR/figures.json.
+Does the jobs that wait in the sites under DIR (without noise, by predictable chance), then measures
+how far a record moves the sum, with our loop and with two ways that look right and are not. Rank 0
+writes DIR/figures.json.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from node_agent.spool import Spool
 from node_agent.worker import distributed, private_step
 from node_agent.worker.data import IGNORE
 from node_agent.worker.distributed import Ranks
-from node_agent.worker.model import ResidentModel, manifest_of, meta_model
+from node_agent.worker.model import ResidentModel
 from node_agent.worker.per_record import ClippedSum
 from node_agent.worker.records import Record
+from node_agent.worker.structure import manifest_of, meta_model
 from node_agent.worker.tokens import PAD
 from node_agent.worker.trainer import Options, Trainer
 from tests.support.clipping import largest_move, random_config, random_records
@@ -200,7 +201,8 @@ def main() -> None:
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
     ranks = distributed.start("cpu", environment=os.environ, timeout_s=120)
-    do_jobs(root / "site", ranks)
+    for spool in sorted(root.glob("**/spool")):
+        do_jobs(spool.parent, ranks)
     figures = measure(root, ranks)
     if ranks.first:
         (root / "figures.json").write_text(json.dumps(figures))
