@@ -39,6 +39,7 @@ from coordinator.services.secure_sum import SecureSumService
 from coordinator.services.trust import TrustService
 from coordinator.spool import Spool
 from coordinator.static_http import StaticServer
+from coordinator.trust_log import TrustLog
 from coordinator.trust_repository import ONLINE_KEY, TrustRepository, load_online_key
 from protocols.errors import ConfigurationError
 from protocols.gen import (
@@ -128,6 +129,8 @@ async def build(config: CoordinatorConfig, clock: Clock) -> Parts:
     spool.prepare()
     layouts = Layouts(blobs)
     trust = open_trust(config, clock)
+    if trust is not None and log is not None:
+        trust.announce = TrustLog(ledger, log.hub)
     return Parts(
         config=config,
         clock=clock,

@@ -41,6 +41,7 @@ from protocols.tlog.kinds import (
     RoundPlan,
     RoundStart,
     RunRequest,
+    TufPublished,
     is_about_round,
     parse_round_subject,
     predicate_of,
@@ -124,6 +125,8 @@ class Replay:
         self.requests: dict[Digest, _Requested] = {}  # by leaf hash
         self.witnesses: dict[str, VerifierKey] = {}  # of nodes, by node
         self.rounds: dict[RoundId, RoundState] = {}
+        # Digests of trust metadata by role and version: more than one is two stories.
+        self.published: dict[tuple[str, int], frozenset[Digest]] = {}
         self.trees: dict[tuple[RoundId, int], tuple[int, bytes]] = {}  # at each round.start
 
     def copy(self) -> Replay:
@@ -133,6 +136,7 @@ class Replay:
         twin.holders, twin.chains = dict(self.holders), dict(self.chains)
         twin.requests, twin.witnesses = dict(self.requests), dict(self.witnesses)
         twin.rounds, twin.trees = dict(self.rounds), dict(self.trees)
+        twin.published = dict(self.published)
         return twin
 
     @property
@@ -265,6 +269,9 @@ class Replay:
             self.requests[taken.leaf.hash] = _Requested(index=taken.index, said=said)
         elif isinstance(said, CertIssued):
             self._certify(said)
+        elif isinstance(said, TufPublished):
+            name = (said.role, said.version)
+            self.published[name] = self.published.get(name, frozenset()) | {Digest(said.sha256)}
         elif isinstance(said, LogClosed):
             self.closed = said
 

@@ -385,8 +385,18 @@ def test_the_coordinator_goes_on_after_a_crash_between_files_and_serving(tmp_pat
         assert door.parts.trust.file("metadata/timestamp.json") != before
 
 
-def test_what_is_published_when_is_announced_first(place):
-    door, _ = place
-    state = door.parts.trust.state()
-    roles = {role for role, _ in state.published}
-    assert {"root", "targets", "policy", "membership", "plans", "snapshot", "timestamp"} <= roles
+def test_every_file_is_a_leaf_before_it_is_served(tmp_path):
+    """Order: files, leaves, checkpoint, serve. Publishing the same again adds no leaf."""
+    with served(tmp_path, governed=True, log=True) as door:
+        world = World()
+        world.found_at(door)
+        request = propose_policy(world.base(), {POLICY_DOCUMENT: world.policy(policy_version=8)})
+        world.enact_at(door, request, ["ana", "bruno"])
+        logged = door.ledger(lambda tx: tx.log_state().published)
+        for name, digest in door.parts.trust.state().published.items():
+            assert logged[name] == {digest}, name
+        assert door.parts.log.hub.witnessed.size == door.ledger(lambda tx: tx.log_size())
+        size = door.ledger(lambda tx: tx.log_size())
+        world.enact_at(door, request, ["ana", "bruno"])
+        assert door.ledger(lambda tx: tx.log_size()) == size
+        assert {version for role, version in logged if role == "policy"} == {1, 2}

@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from coordinator.app import Parts, build, enrolment_server, main_server
+from coordinator.app import Parts, build, enrolment_server, log_drivers, main_server
 from coordinator.ca import CertificateAuthority, certificate_pem, key_pem, new_tls_key
 from coordinator.clock import SystemClock
 from coordinator.config import load_config
@@ -111,7 +111,7 @@ class Client:
 class Door:
     """A served coordinator and the means to knock."""
 
-    def __init__(self, folder: Path, *, governed: bool = False) -> None:
+    def __init__(self, folder: Path, *, governed: bool = False, log: bool = False) -> None:
         self.folder = folder
         self.address = f"127.0.0.1:{free_port()}"
         self.enrolment = f"127.0.0.1:{free_port()}"
@@ -125,7 +125,7 @@ class Door:
             ledger="sqlite:///ledger.sqlite",
             operator="cenia",
             governed=governed,
-            log=False,
+            log=log,
         )
         self.config = load_config(folder / "coordinator" / "config.toml")
         self.authority = CertificateAuthority.load(self.config.federation, self.config.keys)
@@ -155,6 +155,7 @@ class Door:
                 self._servers = [main_server(self.parts), enrolment_server(self.parts)]
                 for server in self._servers:
                     await server.start()
+                drivers = log_drivers(self.parts)
             except BaseException as error:
                 self._failure = error
                 ready.set()
@@ -163,6 +164,9 @@ class Door:
             self._stopping = asyncio.Event()
             await self._stopping.wait()
             await asyncio.gather(*(server.stop(0.2) for server in self._servers))
+            for task in drivers:
+                task.cancel()
+            await asyncio.gather(*drivers, return_exceptions=True)
             await self.parts.ledger.close()
 
         self._thread = threading.Thread(
@@ -327,9 +331,9 @@ def packed(data: bytes) -> tuple[bytes, tuple[bytes, ...]]:
 
 
 @contextmanager
-def served(folder: Path, *, governed: bool = False) -> Iterator[Door]:
+def served(folder: Path, *, governed: bool = False, log: bool = False) -> Iterator[Door]:
     """A door that is open for the length of a test."""
-    door = Door(folder, governed=governed)
+    door = Door(folder, governed=governed, log=log)
     door.start()
     try:
         yield door
