@@ -137,8 +137,7 @@ def spend_facts(
         try:
             facts.epsilon = ledger.spent(known).printed()
             if cap is not None:
-                left = max(1, plan.rounds - len(mine))
-                answer = afford_allowance(cap, known, claim.charge(), now=now, rounds=left)
+                answer = afford_allowance(cap, known, claim.charge(), now=now, rounds=plan.rounds)
                 facts.budget = f"{cap.epsilon:g}"
                 facts.rounds_left = answer.rounds_left
                 facts.why = answer.why

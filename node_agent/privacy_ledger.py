@@ -17,7 +17,6 @@ one unit of privacy. Runs share it. Decisions are ``policies.privacy.budget``.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -305,9 +304,9 @@ class PrivacyLedger:
 
 def _record(row: Any) -> SpendRecord:
     try:
-        claim = Claim.from_value(parse_canonical(row.claim))
+        claim = Claim.from_value(parse_canonical(bytes(row.claim)))
         status = SpendStatus(row.status)
-    except (FederationError, ValueError, json.JSONDecodeError):
+    except (FederationError, TypeError, ValueError):
         raise CorruptStateError(
             f"the privacy ledger's row of round {row.run}/{row.number} cannot be read"
         ) from None

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Final, TypeAlias
@@ -23,7 +24,7 @@ from coordinator.config import Prices
 from coordinator.ledger import HistoryRow, Ledger, RoundRow, Tx
 from coordinator.ledger.privacy import SpendRow
 from coordinator.log_hub import LogHub, describe_waiting
-from coordinator.privacy import Cap, spend_facts
+from coordinator.privacy import Cap, cap_for, spend_facts
 from coordinator.rounds import advance, why_now
 from coordinator.services.caller import Callers
 from coordinator.services.facts import full_facts, history_entry, node_facts, run_facts
@@ -36,7 +37,9 @@ from coordinator.services.submission import (
     read_request,
 )
 from coordinator.trust_repository import TrustRepository
-from policies.privacy.claim import Claim
+from policies.planning import SiteBefore, SiteOutlook, site_outlook
+from policies.privacy.budget import Spend
+from policies.privacy.claim import Claim, claim_of
 from protocols.enrolment import SECRET_BYTES, Invitation
 from protocols.errors import MalformedMessageError, NotFoundError, RefusedError
 from protocols.gen import admin_pb2, admin_pb2_grpc, rounds_pb2
@@ -229,6 +232,40 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         return await self._ledger.read(
             "show_run", lambda tx: full_facts(tx, run_id, now, self._prices)
         )
+
+    async def PlanRun(
+        self, request: admin_pb2.PlanRunRequest, context: Context
+    ) -> admin_pb2.PlanRunResponse:
+        """What a plan would cost each institution, and who would refuse. Records nothing."""
+        await self._callers.operator(context)
+        plan, now = Plan.from_bytes(request.plan), self._clock.now()
+        claim = await asyncio.to_thread(claim_of, plan, 0, request.coordinates)
+
+        def look(tx: Tx) -> list[SiteBefore]:
+            known = {row.node: row.status for row in tx.nodes()}
+            return [
+                SiteBefore(
+                    node=node,
+                    active=known.get(node) == "active",
+                    spends=_spends(tx, node, claim),
+                    cap=cap_for(self._caps, node, claim) if claim is not None else None,
+                )
+                for node in plan.roster_ids
+            ]
+
+        sites = await self._ledger.read("plan_run", look)
+        found = await asyncio.to_thread(site_outlook, plan, claim, sites, now=now)
+        return admin_pb2.PlanRunResponse(sites=[_outlook(site) for site in found])
+
+
+def _spends(tx: Tx, node: NodeId, claim: Claim | None) -> tuple[Spend, ...]:
+    if claim is None:
+        return ()
+    return tuple(row.spend for row in tx.spends_of_data(node, claim.dataset))
+
+
+def _outlook(site: SiteOutlook) -> admin_pb2.SiteOutlook:
+    return admin_pb2.SiteOutlook(**asdict(site))
 
 
 def submit(

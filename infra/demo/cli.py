@@ -14,6 +14,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 class Mode(StrEnum):
     """Modes of the sum that a demonstration offers."""
 
+    RECORD_LOCAL = "record-local"
     AGGREGATE_ONLY = "aggregate-only"
     OPEN = "open"
 
@@ -60,7 +61,7 @@ def demo(
     rounds: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Rounds of training. Default: 6.")
     ] = None,
-    privacy: Annotated[Mode, typer.Option(help="How updates are protected.")] = Mode.AGGREGATE_ONLY,
+    privacy: Annotated[Mode, typer.Option(help="How updates are protected.")] = Mode.RECORD_LOCAL,
     nodes_two_ranks: Annotated[
         int, typer.Option(min=0, help="Sites that train with two processes.")
     ] = 1,

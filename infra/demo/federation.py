@@ -84,6 +84,12 @@ class Federation:
         self.household.run("coordinator init", command, log=self.folder / "init.log")
         (self.folder / "init.log").replace(self.log(COORDINATOR))
 
+    def cap(self, *, epsilon: float, delta: float) -> None:
+        """Write what privacy the federation allows each institution, by document."""
+        lines = ("", "[[privacy.budget]]", f"epsilon = {epsilon!r}", f"delta = {delta!r}", "")
+        path = self.folder / COORDINATOR / "config.toml"
+        path.write_text(path.read_text("utf-8").rstrip("\n") + "\n" + "\n".join(lines), "utf-8")
+
     def start_coordinator(self) -> Child:
         """Start serving; does not wait."""
         command = self._minga("coordinator", "serve", "--dir", str(self.folder))
@@ -112,7 +118,16 @@ class Federation:
         """Whether the site has its certificate."""
         return (self.node_folder(site) / "config.toml").exists()
 
-    def join(self, site: str, token: str, *, ranks: int = 1, approving: Sequence[str] = ()) -> None:
+    def join(
+        self,
+        site: str,
+        token: str,
+        *,
+        ranks: int = 1,
+        approving: Sequence[str] = (),
+        budget: tuple[float, float] | None = None,
+        public_held_out: bool = False,
+    ) -> None:
         """Give a site its certificate and configuration, by its invitation.
 
         Args:
@@ -120,6 +135,8 @@ class Federation:
             token: the invitation; goes in by standard input, where no other user can read it.
             ranks: training processes, one thread each.
             approving: further arguments: where the institution's key is.
+            budget: epsilon and delta that the site allows by document; None: what is usual.
+            public_held_out: the site's held-out text is public.
         """
         config = load_config(self.folder / COORDINATOR / "config.toml")
         data = self.data_folder(site)
@@ -128,6 +145,8 @@ class Federation:
             "--coordinator", config.public_address, "--enrolment", config.enrolment_address,
             "--data-train", str(data / "train.jsonl"), "--data-valid", str(data / "valid.jsonl"),
             "--ranks", str(ranks), "--device", "cpu", "--threads", "1", *approving,
+            *(("--epsilon", repr(budget[0]), "--delta", repr(budget[1])) if budget else ()),
+            *(("--held-out-public",) if public_held_out else ()),
         )  # fmt: skip
         self.household.run(f"{site} join", command, log=self.log(site), said=f"{token}\n".encode())
 

@@ -29,7 +29,7 @@ from infra.demo.processes import Household
 from infra.demo.report import MODES, learned, print_end, summary, write_summary
 from infra.demo.settings import Settings, claim_folder, write_settings
 from infra.demo.sites import SiteText, choose_sites, copy_text, find_sites
-from infra.demo.training import MODEL, ROUNDS, RUN, demo_plan
+from infra.demo.training import EPSILON, ROUNDS, RUN, demo_delta, demo_model, demo_plan
 from infra.demo.view import View
 from infra.runs.client import AdminClient
 from infra.runs.facts import RunReport
@@ -127,11 +127,14 @@ def _play(
     request: Request, settings: Settings, federation: Federation, view: View, console: Console
 ) -> Outcome:
     texts = _copy_texts(settings, federation, view)
+    documents = sum(text.documents for text in texts) // max(1, len(texts))
+    delta = float(demo_delta(documents))
     if not federation.initialised:
         federation.initialise(name=FEDERATION, port=request.port, governed=True)
+        federation.cap(epsilon=EPSILON, delta=delta)
     governance = DemoGovernance(folder=federation.folder, sites=settings.sites)
     federation.start_coordinator()
-    _start_first_model(federation)
+    _start_first_model(federation, settings.mode)
     with federation.client() as client:
         federation.wait_until_serving(client)
         view.say(f"coordinator serves on {federation.operator().address}, mutual TLS")
@@ -143,6 +146,8 @@ def _play(
                     client.invite(site),
                     ranks=settings.ranks(site),
                     approving=governance.approving(site),
+                    budget=(EPSILON, delta),
+                    public_held_out=True,
                 )
                 view.say(f"{site} joined by a one-time invitation, approved by its institution")
             languages = next(text.languages for text in texts if text.site == site)
@@ -212,13 +217,13 @@ def _copy_texts(settings: Settings, federation: Federation, view: View) -> list[
     return texts
 
 
-def _start_first_model(federation: Federation) -> None:
+def _start_first_model(federation: Federation, mode: str) -> None:
     """Begin to make the model of round 0, while the sites join; ``_first_model`` waits for it."""
     start = federation.folder / "start"
     if (start / "manifest.json").exists():
         return
     start.mkdir(exist_ok=True)
-    (start / "model.json").write_text(json.dumps({"model": MODEL}, indent=2) + "\n")
+    (start / "model.json").write_text(json.dumps({"model": demo_model(mode)}, indent=2) + "\n")
     federation.household.start(
         _FIRST_MODEL,
         federation.household.python(
@@ -245,6 +250,7 @@ def _written(settings: Settings, texts: Sequence[SiteText]) -> dict[str, Any]:
         languages=sorted(set[str]().union(*(text.languages for text in texts))),
         rounds=settings.rounds,
         mode=settings.mode,
+        documents=sum(text.documents for text in texts) // max(1, len(texts)),
     )
 
 
@@ -408,7 +414,7 @@ def _export(run: RunReport, federation: Federation, client: AdminClient) -> None
     folder.mkdir(exist_ok=True)
     snapshot = Snapshot.from_bytes(final)
     (folder / "snapshot.json").write_bytes(final)
-    (folder / "config.json").write_text(json.dumps(MODEL, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(demo_model(run.mode), indent=2) + "\n")
     client.fetch(Digest(snapshot.theta), folder / "theta.f32")
     client.fetch(Digest(snapshot.manifest), folder / "manifest.json")
 
@@ -420,6 +426,11 @@ def _say_end(
         view.say("the federation learned: fewer bits per byte on text that no site trained on")
     else:
         view.say("the federation did not learn on the held-out text; look at the table above")
+    for entry in run.spent:
+        view.say(
+            f"{entry.node} has spent epsilon {entry.epsilon} at delta {entry.delta}, by document,"
+            f" of the {entry.budget} that it allows"
+        )
     relative = path.relative_to(federation.folder)
     view.say(f"facts: {relative}; model: model/; both in {federation.folder}")
 

@@ -99,27 +99,32 @@ def submit(
     json_: JsonOption = False,
 ) -> None:
     """Submit a plan; its digest is printed. Submitting the same plan again is harmless."""
+    from infra.runs.outlook import outlook_facts, outlook_view
     from infra.runs.plan_file import (
         complete_plan,
         federation_of,
         read_initial_model,
         read_plan_file,
     )
-    from infra.runs.show import print_json
+    from infra.runs.show import console, print_json
     from infra.runs.submission import submit as send
 
     written = read_plan_file(plan_file)
     model = read_initial_model(snapshot)
     operator = _operator(folder, config)
     federation = federation_of(operator.certificate)
+    outlook: dict[str, Any] | None = None
     if dry_run and written.get("mode", "open") == "open":
         made = complete_plan(written, model, federation)
+        outlook = outlook_facts(made.plan, model, None)
     else:
         from infra.runs.client import AdminClient
 
         with AdminClient(operator) as client:
             made = complete_plan(written, model, federation, client.signing_keys())
-            if not dry_run:
+            if dry_run:
+                outlook = outlook_facts(made.plan, model, client)
+            else:
                 send(client, made, model)
     if out is not None:
         out.write_bytes(made.plan.to_bytes())
@@ -132,12 +137,48 @@ def submit(
         "submitted": not dry_run,
     }
     if json_:
-        print_json(facts)
+        print_json(facts if outlook is None else facts | {"outlook": outlook})
         return
     did = "checked, not submitted" if dry_run else "submitted"
     typer.echo(f"{did}: run {made.plan.run}, {made.plan.total_rounds} rounds")
     typer.echo(f"plan  {made.plan.digest}")
     typer.echo(f"model {made.snapshot.model_root} ({model.manifest.coordinates} coordinates)")
+    if outlook is not None:
+        console().print(outlook_view(outlook))
+
+
+@app.command()
+def plan(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan as .toml or .json.")],
+    snapshot: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Model of round 0: manifest.json and theta.f32."),
+    ],
+    folder: FolderOption = None,
+    config: ConfigOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Say what a plan would come to: privacy spent, noise, bytes, seconds, who would refuse."""
+    from infra.runs.client import AdminClient
+    from infra.runs.outlook import outlook_facts, outlook_view
+    from infra.runs.plan_file import (
+        complete_plan,
+        federation_of,
+        read_initial_model,
+        read_plan_file,
+    )
+    from infra.runs.show import console, print_json
+
+    written, model = read_plan_file(plan_file), read_initial_model(snapshot)
+    operator = _operator(folder, config)
+    federation = federation_of(operator.certificate)
+    with AdminClient(operator) as client:
+        made = complete_plan(written, model, federation, client.signing_keys())
+        facts = outlook_facts(made.plan, model, client)
+    if json_:
+        print_json(facts)
+    else:
+        console().print(outlook_view(facts))
 
 
 @app.command("list")

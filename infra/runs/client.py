@@ -16,6 +16,7 @@ import grpc
 
 from infra.runs.facts import RunReport, read_run_facts
 from infra.runs.operator import Operator
+from policies.planning import SiteOutlook
 from protocols.errors import (
     FederationError,
     IntegrityError,
@@ -32,6 +33,7 @@ from protocols.gen import (
     trust_pb2_grpc,
 )
 from protocols.identifiers import Digest, RoundId, RunId
+from protocols.plan import Plan
 from protocols.tensors.units import UnitHasher
 from protocols.wire import round_ref
 
@@ -173,6 +175,13 @@ class AdminClient:
         """Open no other round of a run."""
         request = admin_pb2.StopRunRequest(run=run, reason=reason)
         return read_run_facts(self._call(self._admin.StopRun, request))
+
+    def plan_run(self, plan: Plan, coordinates: int) -> tuple[SiteOutlook, ...]:
+        """What a plan would cost each institution, by the coordinator's ledger."""
+        from infra.runs.outlook import read_outlook
+
+        request = admin_pb2.PlanRunRequest(plan=plan.to_bytes(), coordinates=coordinates)
+        return read_outlook(self._call(self._admin.PlanRun, request).sites)
 
     def why(self, round_: RoundId) -> admin_pb2.WhyResponse:
         """What a round is waiting for, by the function that the coordinator acts on."""

@@ -23,7 +23,7 @@ class Spent:
     epsilon: str  # decimal, rounded up; "unbounded"; empty: cannot be added up
     delta: str
     budget: str  # epsilon that the federation allows; empty: it sets no cap
-    rounds_left: int  # of those this run still plans
+    rounds_left: int  # that the rest buys under this plan, up to all it has
     why: str
 
     @property

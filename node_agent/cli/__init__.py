@@ -58,6 +58,19 @@ def join(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of each worker process.")
     ] = None,
+    epsilon: Annotated[
+        float,
+        typer.Option(min=0.001, help="Privacy that the training texts may lose, by document."),
+    ] = 8.0,
+    delta: Annotated[
+        float, typer.Option(min=1e-30, max=0.1, help="At this delta; both stand in config.toml.")
+    ] = 1e-6,
+    held_out_public: Annotated[
+        bool,
+        typer.Option(
+            "--held-out-public", help="The held-out text is public: scores need no noise."
+        ),
+    ] = False,
     country: Annotated[
         str, typer.Option(metavar="CC", help="Where the texts are, ISO 3166-1; for policy.toml.")
     ] = "XX",
@@ -106,6 +119,9 @@ def join(
             ranks=ranks,
             device=device,
             threads=threads,
+            epsilon=epsilon,
+            delta=delta,
+            held_out_public=held_out_public,
             country=country,
             time_zone=time_zone,
             approval=approval,

@@ -15,9 +15,11 @@ from typing import Any, get_args
 from cryptography import x509
 
 from node_agent.config import (
+    BudgetConfig,
     DataConfig,
     NodeConfig,
     NodeFolder,
+    PrivacyConfig,
     WorkerConfig,
     load_config,
     parse_address,
@@ -54,6 +56,9 @@ class JoinRequest:
     ranks: int
     device: str
     threads: int | None
+    epsilon: float = 8.0
+    delta: float = 1e-6
+    held_out_public: bool = False
     country: str = "XX"  # ISO 3166-1; XX: not said
     time_zone: str = "UTC"
     approval: Path | None = None  # the institution's statement, as a file
@@ -191,8 +196,12 @@ def join_folder(request: JoinRequest) -> dict[str, Any]:
             data=DataConfig(
                 train=tuple(str(Path(path).absolute()) for path in request.train),
                 valid=tuple(str(Path(path).absolute()) for path in request.valid),
+                valid_public=request.held_out_public,
             ),
             worker=worker,
+            privacy=PrivacyConfig(
+                budget=(BudgetConfig(epsilon=request.epsilon, delta=request.delta),)
+            ),
         )
         atomic_write(node.config, text.encode())
         _write_policy(node, request)

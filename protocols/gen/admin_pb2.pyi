@@ -183,6 +183,40 @@ class RoundFacts(_message.Message):
     resources: _containers.RepeatedCompositeFieldContainer[_accounting_pb2.NodeResources]
     def __init__(self, round: _Optional[_Union[_rounds_pb2.RoundRef, _Mapping]] = ..., phase: _Optional[_Union[_rounds_pb2.PhaseView, _Mapping]] = ..., why: _Optional[str] = ..., model_root_in: _Optional[str] = ..., times: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., traffic: _Optional[_Iterable[_Union[NodeTraffic, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, int]] = ..., next_snapshot: _Optional[bytes] = ..., index: _Optional[int] = ..., transcript: _Optional[str] = ..., resources: _Optional[_Iterable[_Union[_accounting_pb2.NodeResources, _Mapping]]] = ...) -> None: ...
 
+class PlanRunRequest(_message.Message):
+    __slots__ = ("plan", "coordinates")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    COORDINATES_FIELD_NUMBER: _ClassVar[int]
+    plan: bytes
+    coordinates: int
+    def __init__(self, plan: _Optional[bytes] = ..., coordinates: _Optional[int] = ...) -> None: ...
+
+class SiteOutlook(_message.Message):
+    __slots__ = ("node", "before", "after", "delta", "budget", "rounds", "rule", "why")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    before: str
+    after: str
+    delta: str
+    budget: str
+    rounds: int
+    rule: str
+    why: str
+    def __init__(self, node: _Optional[str] = ..., before: _Optional[str] = ..., after: _Optional[str] = ..., delta: _Optional[str] = ..., budget: _Optional[str] = ..., rounds: _Optional[int] = ..., rule: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class PlanRunResponse(_message.Message):
+    __slots__ = ("sites",)
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    sites: _containers.RepeatedCompositeFieldContainer[SiteOutlook]
+    def __init__(self, sites: _Optional[_Iterable[_Union[SiteOutlook, _Mapping]]] = ...) -> None: ...
+
 class WatchRunRequest(_message.Message):
     __slots__ = ("run", "after")
     RUN_FIELD_NUMBER: _ClassVar[int]

@@ -75,6 +75,11 @@ class AdminStub:
                 request_serializer=admin__pb2.StopRunRequest.SerializeToString,
                 response_deserializer=admin__pb2.RunFacts.FromString,
                 _registered_method=True)
+        self.PlanRun = channel.unary_unary(
+                '/minga.v1.Admin/PlanRun',
+                request_serializer=admin__pb2.PlanRunRequest.SerializeToString,
+                response_deserializer=admin__pb2.PlanRunResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -131,6 +136,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanRun(self, request, context):
+        """What a plan would cost each institution; nothing is recorded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -173,6 +185,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.StopRun,
                     request_deserializer=admin__pb2.StopRunRequest.FromString,
                     response_serializer=admin__pb2.RunFacts.SerializeToString,
+            ),
+            'PlanRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanRun,
+                    request_deserializer=admin__pb2.PlanRunRequest.FromString,
+                    response_serializer=admin__pb2.PlanRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -392,6 +409,33 @@ class Admin:
             '/minga.v1.Admin/StopRun',
             admin__pb2.StopRunRequest.SerializeToString,
             admin__pb2.RunFacts.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/minga.v1.Admin/PlanRun',
+            admin__pb2.PlanRunRequest.SerializeToString,
+            admin__pb2.PlanRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

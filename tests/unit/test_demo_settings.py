@@ -10,8 +10,11 @@ import pytest
 from infra.cli import main
 from infra.demo.settings import Settings, claim_folder, write_settings
 from infra.demo.sites import CORPUS, SiteData, choose_sites, copy_text, find_sites, language_of
-from infra.demo.training import demo_plan
+from infra.demo.training import EPSILON, ROUNDS, demo_delta, demo_plan
 from infra.runs.plan_file import complete_secure_sum
+from policies.privacy.budget import Allowance, afford_allowance
+from policies.privacy.claim import claim_of
+from policies.privacy.sensitivity import Unit
 from protocols.errors import (
     ConfigurationError,
     ExistsError,
@@ -20,6 +23,7 @@ from protocols.errors import (
 )
 from protocols.identifiers import NodeId
 from protocols.plan import Plan
+from tests.support.node import NOW
 
 SETTINGS = Settings(sites=("a", "b", "c"), rounds=3, mode="open", two_ranks=1, data="/text")
 
@@ -227,10 +231,31 @@ def test_two_sites_cannot_hide_in_their_sum(tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize("documents", [1, 3, 52, 10**6])
+def test_the_private_plan_is_accepted_and_its_budget_covers_it(documents):
+    names = [NodeId(f"site-{number}") for number in range(4)]
+    written = demo_plan(
+        sites=names, languages=["es"], rounds=ROUNDS, mode="record-local", documents=documents
+    )
+    written["model"] = {**written["model"], "manifest": "0" * 64, "initial": "0" * 64}
+    written["federation"] = "demo"
+    complete_secure_sum(written, {name: f"{number:064x}" for number, name in enumerate(names)})
+    plan = Plan.from_value(written)
+
+    claim = claim_of(plan, 0, 27_000)
+    delta = float(demo_delta(documents))
+    budget = Allowance(dataset="default", unit=Unit.DOCUMENT, epsilon=EPSILON, delta=delta)
+    answer = afford_allowance(budget, (), claim.charge(), now=NOW, rounds=plan.rounds)
+
+    assert answer.rounds_left == plan.rounds
+    assert delta * documents <= 0.1 or documents < 2
+
+
+@pytest.mark.parametrize("mode", ["aggregate-only", "record-local"])
 @pytest.mark.parametrize("count", [3, 4, 11])
-def test_the_plan_of_a_masked_sum_is_one_that_a_coordinator_takes(count):
+def test_the_plan_of_a_masked_sum_is_one_that_a_coordinator_takes(count, mode):
     names = [NodeId(f"site-{number:02}") for number in range(count)]
-    written = demo_plan(sites=names, languages=["es"], rounds=5, mode="aggregate-only")
+    written = demo_plan(sites=names, languages=["es"], rounds=5, mode=mode)
     written["model"] = {**written["model"], "manifest": "0" * 64, "initial": "0" * 64}
     written["federation"] = "demo"
     complete_secure_sum(written, {name: f"{number:064x}" for number, name in enumerate(names)})
