@@ -236,8 +236,7 @@ class Actor:
 
         def reserve() -> Refusal | None:
             manifest = self.site.models.open(round_.run, root).manifest
-            layout = round_layout(plan, 0, manifest)
-            coordinates = layout.model_coordinates
+            coordinates = round_layout(plan, index, manifest).model_coordinates
             return self.site.privacy.reserve(plan, round_, index, coordinates)
 
         return await asyncio.to_thread(reserve)

@@ -25,6 +25,19 @@ def round_ring(plan: Plan) -> Ring:
     return Ring(plan.vector.ring_bits)
 
 
+_PERIOD = 2  # rounds after which a plan's choice of tensors begins again
+
+
+def sizes_of_rounds(plan: Plan, manifest: Manifest) -> tuple[int, ...]:
+    """Model coordinates that training rounds exchange, ascending; one where all are alike.
+
+    Raises:
+        ManifestMismatchError: as ``round_layout``.
+    """
+    rounds = range(min(plan.rounds, _PERIOD))
+    return tuple(sorted({round_layout(plan, i, manifest).model_coordinates for i in rounds}))
+
+
 def round_layout(plan: Plan, index: int, manifest: Manifest) -> VectorLayout:
     """Layout of the vector of the plan's round ``index``.
 

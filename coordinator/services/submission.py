@@ -24,7 +24,7 @@ from protocols.governance.repository import TrustState, sha256_of
 from protocols.identifiers import Digest, FederationId, NodeId
 from protocols.outer_optimizers import optimizer_for
 from protocols.plan import Plan
-from protocols.round_vector import round_layout
+from protocols.round_vector import round_layout, sizes_of_rounds
 from protocols.tensors.manifest import Manifest
 from protocols.tensors.scales import Scales
 from protocols.tensors.snapshot import Snapshot
@@ -68,7 +68,7 @@ def check_submission(
         )
     optimizer_for(plan.outer)
     manifest = _check_blobs(plan, snapshot, blobs)
-    return claim_of(plan, 0, round_layout(plan, 0, manifest).model_coordinates)
+    return claim_of(plan, 0, sizes_of_rounds(plan, manifest)[-1])  # the dearest of its rounds
 
 
 def _check_blobs(plan: Plan, snapshot: Snapshot, blobs: Blobs) -> Manifest:
@@ -93,8 +93,8 @@ def _check_blobs(plan: Plan, snapshot: Snapshot, blobs: Blobs) -> Manifest:
             )
     reader = blobs.open(Digest(snapshot.scales))
     scales = Scales.from_bytes(reader.read(0, reader.size), manifest)
-    if plan.privacy is not None:
-        noise = noise_terms(plan, round_layout(plan, 0, manifest).model_coordinates)
+    for coordinates in sizes_of_rounds(plan, manifest) if plan.privacy is not None else ():
+        noise = noise_terms(plan, coordinates)
         if plan.adds_noise and (scales.exponents != noise.exponent).any():
             raise PlanRefusedError(
                 "the snapshot's scales are not the plan's: noise is made for those of the plan",

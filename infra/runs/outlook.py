@@ -28,7 +28,7 @@ from protocols.identifiers import NodeId
 from protocols.outer_optimizers import optimizer_for
 from protocols.plan import Plan
 from protocols.plan_privacy import promise
-from protocols.round_vector import round_layout
+from protocols.round_vector import round_layout, sizes_of_rounds
 
 INSTALL = "pip install 'minga[privacy]'"
 
@@ -45,7 +45,7 @@ def outlook_facts(plan: Plan, model: InitialModel, client: AdminClient | None) -
         PlanRefusedError: the plan's privacy terms cannot be kept.
     """
     layout = round_layout(plan, 0, model.manifest)
-    coordinates = layout.model_coordinates
+    coordinates = sizes_of_rounds(plan, model.manifest)[-1]  # of the dearest round
     traffic = traffic_of(plan, layout, buffers=len(optimizer_for(plan.outer).buffer_names))
     noise = noise_outlook(plan, coordinates)
     sites, unknown = _sites(plan, coordinates, client)
