@@ -23,7 +23,7 @@ from policies.audit.evidence import Evidence, released
 from policies.audit.spending import spent_claims
 from protocols.canonical import canonical_bytes
 from protocols.errors import ExistsError
-from protocols.tlog.kinds import CertIssued, OverrideGranted, parse_round_subject
+from protocols.tlog.kinds import CertIssued, parse_round_subject
 from protocols.tlog.proofs import make_inclusion
 from protocols.tlog.text import encode_base64
 
@@ -123,9 +123,8 @@ def tables_csv(loaded: Loaded) -> dict[str, bytes]:
         "csv/overrides.csv": _table(
             ("leaf", "rule", "code", "plan_sha256", "expires"),
             (
-                (t.index, t.said.rule, t.said.code, t.said.plan_sha256, t.said.expires)
-                for t in evidence.of(OverrideGranted)
-                if isinstance(t.said, OverrideGranted)
+                (index, override.rule, override.code, override.plan, override.expires)
+                for index, override, _ in (evidence.signed.overrides() if evidence.signed else ())
             ),
         ),
         "csv/certificates.csv": _table(

@@ -16,6 +16,7 @@ from policies.consortium import ConsortiumPolicy
 from policies.decision import Refused
 from protocols.governance import roles
 from protocols.identifiers import Digest, RunId
+from protocols.tlog.fields import Role
 from protocols.tlog.kinds import (
     CertIssued,
     CodeApproved,
@@ -157,28 +158,37 @@ def q07_data(evidence: Evidence) -> Iterator[Record]:
 
 
 def q11_overrides(evidence: Evidence) -> Iterator[Record]:
-    """Overrides name a rule that may be overruled and stand before the round that needs them."""
-    found = list(evidence.of(OverrideGranted))
-    for taken in found:
-        said = taken.said
-        if not isinstance(said, OverrideGranted):
-            continue
-        what = f"{said.rule} is set aside for plan {said.plan_sha256[:12]}…: {said.code}"
-        policy = evidence.policy_at(taken.index)
-        if policy is None:
-            yield _one("11", None, Result.UNKNOWN, taken.index, f"{what}; {NO_POLICY}")
-            continue
-        rule = policy.governance.override
-        signers = len({approval.key for approval in said.approvals})
-        if said.rule in rule.never:
-            yield _one("11", None, Result.FAIL, taken.index, f"{what}; nobody may overrule it")
-        elif signers < rule.threshold:
-            reason = f"{what}; {signers} signatures, {rule.threshold} are needed"
-            yield _one("11", None, Result.FAIL, taken.index, reason)
-        else:
-            reason = f"{what}; {signers} signatures, to be verified with the admins' keys"
+    """Overrides are documents of the signed policy: rule, term and majority are checked with it.
+
+    One that names a rule which nobody may overrule, or that too few signed, is a fault of the
+    publication (``signed``). A leaf that says otherwise than what was signed fails.
+    """
+    signed = evidence.signed
+    granted = {
+        (taken.said.plan_sha256, taken.said.rule): taken
+        for taken in evidence.of(OverrideGranted)
+        if isinstance(taken.said, OverrideGranted)
+    }
+    if signed is None or not signed.history:
+        for (plan, rule), taken in granted.items():
+            reason = f"{rule} is set aside for plan {plan[:12]}…; {NO_POLICY}"
             yield _one("11", None, Result.UNKNOWN, taken.index, reason)
-    if not found:
+        if not granted:
+            reason = f"{NO_POLICY}, and overrides are published with it"
+            yield Record(id="11", round=None, result=Result.UNKNOWN, leaves=(), reason=reason)
+        return
+    found = signed.overrides()
+    for index, override, signers in found:
+        reason = (
+            f"{override.rule} is set aside for plan {override.plan[:12]}… until"
+            f" {override.expires}: {override.code}; signed by {', '.join(sorted(signers))}"
+        )
+        yield _one("11", None, Result.PASS, index, reason)
+    for (plan, rule), taken in granted.items():
+        if (plan, rule) not in {(override.plan, override.rule) for _, override, _ in found}:
+            reason = f"{rule} is set aside for plan {plan[:12]}…, which nobody signed"
+            yield _one("11", None, Result.FAIL, taken.index, reason)
+    if not found and not granted:
         yield Record(id="11", round=None, result=Result.PASS, leaves=(), reason="none was granted")
 
 
@@ -220,11 +230,16 @@ def q16_certificates(evidence: Evidence) -> Iterator[Record]:
     if waiting:
         names = {taken.holder.name for taken in waiting}
         reason += f"; requests without a certificate: {', '.join(sorted(names))}"
-    if evidence.policy is None:
-        reason += "; the requests are signed by the nodes themselves, not yet by institutions"
+    alone = [
+        taken.holder.name
+        for taken in evidence.of(EnrolRequest)
+        if taken.holder.role is not Role.INSTITUTION and taken.leaf.hash in answered
+    ]
+    result = Result.PASS
+    if alone:
+        who = ", ".join(sorted(set(alone)))
+        reason += f"; asked for by the node's own key alone, not by its institution: {who}"
         result = Result.UNKNOWN
-    else:
-        result = Result.PASS
     yield Record(id="16", round=None, result=result, leaves=tuple(issued), reason=reason)
 
 

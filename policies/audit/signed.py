@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from policies.audit.records import Fault
 from policies.audit.replay import Replay, Taken
 from policies.consortium import ConsortiumPolicy
+from policies.overrides import OVERRIDE_PREFIX, Override
 from policies.trust import check_successor, policy_of
 from protocols.errors import FederationError
 from protocols.governance import roles
@@ -134,6 +135,18 @@ class SignedHistory:
         """The policy of that time."""
         found = self.at(index)
         return found.policy if found else None
+
+    def overrides(self) -> list[tuple[int, Override, frozenset[str]]]:
+        """Every override that was ever published: since which leaf, and whose admins signed it."""
+        found: dict[str, tuple[int, Override, frozenset[str]]] = {}
+        for publication in self.history:
+            state = publication.state
+            quorum = state.quorums.get(roles.POLICY)
+            signers = frozenset(h.institution for h in quorum.signed) if quorum else frozenset()
+            for path, data in state.documents.items():
+                if path.startswith(OVERRIDE_PREFIX) and path not in found:
+                    found[path] = (publication.index, Override.from_bytes(data), signers)
+        return list(found.values())
 
     @property
     def policy(self) -> ConsortiumPolicy | None:

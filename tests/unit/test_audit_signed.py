@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import functools
 import json
+from datetime import timedelta
 
 import pytest
 
-from infra.admin.proposals import propose_members, propose_plan, propose_policy
+from infra.admin.proposals import (
+    propose_members,
+    propose_override,
+    propose_plan,
+    propose_policy,
+)
 from policies.audit.records import Result
 from policies.audit.verify import Audit, audit
+from policies.overrides import Override
 from policies.trust import POLICY_DOCUMENT
 from protocols.canonical import sha256_hex
+from protocols.governance.documents import time_text
 from protocols.governance.repository import parse_metadata
 from protocols.tlog import kinds
 from protocols.tlog.trust_policy import TrustPolicy
@@ -160,6 +168,29 @@ def test_another_root_convicts_the_first_publication():
     assert found.first.check == "policy"
     kind = found.evidence.taken[found.first.first].said
     assert isinstance(kind, kinds.TufPublished)
+
+
+def test_an_override_is_known_with_its_signers():
+    made = Governed()
+    made.sign_plan()
+    override = Override.model_validate(
+        {
+            "schema": "minga.override/1",
+            "federation": FEDERATION,
+            "plan": made.run.plan.digest,
+            "rule": "rounds.hours",
+            "code": "night-run",
+            "granted_at": time_text(made.world.now),
+            "expires": time_text(made.world.now + timedelta(hours=4)),
+        }
+    )
+    made.enact(propose_override(made.world.base(), override))
+
+    ((result, reason),) = answers(made.audit(), "11")
+    assert result == "pass"
+    assert "rounds.hours is set aside for plan" in reason
+    assert "signed by ar-univ-1, br-univ-1, cl-univ-1" in reason
+    assert answers(governed().audit(), "11") == {("pass", "none was granted")}
 
 
 def test_a_plan_that_the_admins_did_not_sign_fails():

@@ -22,7 +22,6 @@ from protocols.tensors.metrics import decode_metrics
 from protocols.tensors.planar import PackedVector
 from protocols.tlog.kinds import (
     ObjectionResolved,
-    OverrideGranted,
     RoundObjection,
     UpdateCommit,
     parse_round_subject,
@@ -203,19 +202,20 @@ def _exceptions(evidence: Evidence) -> tuple[Exceptional, ...]:
         for taken in evidence.of(ObjectionResolved)
         if isinstance(taken.said, ObjectionResolved)
     }
-    for taken in evidence.taken:
-        said = taken.said
-        if isinstance(said, OverrideGranted):
-            found.append(
-                Exceptional(
-                    what="override",
-                    where=f"{said.plan_sha256[:12]}…",
-                    detail=f"{said.rule}: {said.code}",
-                    outcome="",
-                    leaf=taken.index,
-                )
+    for index, override, signers in evidence.signed.overrides() if evidence.signed else ():
+        who = ", ".join(sorted(signers))
+        found.append(
+            Exceptional(
+                what="override",
+                where=f"{override.plan[:12]}…",
+                detail=f"{override.rule}: {override.code} ({who})",
+                outcome="",
+                leaf=index,
             )
-        elif isinstance(said, RoundObjection):
+        )
+    for taken in evidence.of(RoundObjection):
+        said = taken.said
+        if isinstance(said, RoundObjection):
             _, round_ = parse_round_subject(taken.statement.subject)
             found.append(
                 Exceptional(
