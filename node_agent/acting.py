@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -44,6 +45,7 @@ from node_agent.decide import (
 )
 from node_agent.housekeeping import tidy
 from node_agent.launchers.jobs import Launcher
+from node_agent.log_store import OwnLeaf
 from node_agent.plan_check import check_plan
 from node_agent.records import ConfirmRecord, RoundRecord, UploadRecord
 from node_agent.resources import as_message, claim_of, read_claim
@@ -53,7 +55,8 @@ from node_agent.site import Site
 from node_agent.spool import DataPaths, Job, job_id, read_job, read_result
 from node_agent.transfers import Shown, Transfer
 from node_agent.view import RoundSeen, RunSeen
-from protocols.canonical import hash_fields
+from policies.audit.gate import AggregateShown
+from protocols.canonical import hash_fields, sha256_hex
 from protocols.errors import (
     CorruptStateError,
     DigestMismatchError,
@@ -76,10 +79,20 @@ from protocols.rounds import Released, Training
 from protocols.secagg.node import mask_adder
 from protocols.secagg.states import Uploaded
 from protocols.tensors.manifest import Manifest
+from protocols.tlog.kinds import (
+    DatasetUsed,
+    Predicate,
+    RoundConfirm,
+    RoundDecline,
+    RoundJoin,
+    RoundObjection,
+    UpdateCommit,
+)
 from protocols.upload import UploadHeader
 from protocols.wire import round_ref
 
 logger = logging.getLogger(__name__)
+_RULE: Final = re.compile(r"[a-z][a-z0-9_.:-]{0,63}", re.ASCII)  # what a leaf can name
 SYNC_AFTER_S: Final = 10.0  # a model that the next round soon replaces need not get to the disk
 
 
@@ -217,10 +230,24 @@ class Actor:
         if not record.joined:
             await self._decline(action.round, record.refusal or Refusal("site.unknown", "declined"))
             return
+        log, leaf = self.site.log, None
+        if log is not None:
+            said = RoundJoin(
+                node=self.site.node,
+                plan_sha256=sha256_hex(plan.to_bytes()),
+                model_in=action.root,
+                site_policy_sha256=self._site_policy(),
+            )
+            leaf = await log.leaf(plan, action.round, said, "join")
         request = rounds_pb2.JoinRequest(
-            round=round_ref(action.round), plan_digest=run.plan_digest, model_root=action.root
+            round=round_ref(action.round),
+            plan_digest=run.plan_digest,
+            model_root=action.root,
+            leaf=leaf.entry if leaf else b"",
         )
         await self.site.connection.ask(lambda c: c.rounds.Join, request)
+        if log is not None and leaf is not None:
+            await log.taken(leaf)
         logger.info("joined %s", action.round)
         launcher = self._launcher(self._plan(action.round))
         if launcher is not None:
@@ -253,11 +280,37 @@ class Actor:
         if record.joined:
             raise EquivocationError(f"round {round_} was joined before")
         stands = record.refusal or refusal
+        log, leaf = self.site.log, await self._decline_leaf(round_, stands)
         request = rounds_pb2.DeclineRequest(
-            round=round_ref(round_), rule=stands.rule, reason=_short(stands.reason)
+            round=round_ref(round_),
+            rule=stands.rule,
+            reason=_short(stands.reason),
+            leaf=leaf.entry if leaf else b"",
         )
         await self.site.connection.ask(lambda c: c.rounds.Decline, request)
+        if log is not None and leaf is not None:
+            await log.taken(leaf)
         logger.info("declined %s: %s", round_, stands)
+
+    async def _decline_leaf(self, round_: RoundId, stands: Refusal) -> OwnLeaf | None:
+        """What this node signs when it declines; None: there is no log, or no plan to name."""
+        log, known = self.site.log, self.site.journal.run(round_.run)
+        if log is None or known is None:
+            return None
+        said = RoundDecline(
+            node=self.site.node,
+            plan_sha256=sha256_hex(known.plan.to_bytes()),
+            site_policy_sha256=self._site_policy(),
+            rules=(stands.rule if _RULE.fullmatch(stands.rule) else "site.unknown",),
+        )
+        return await log.leaf(known.plan, round_, said, "decline")
+
+    def _site_policy(self) -> Digest | None:
+        """SHA-256 of the site's policy file, which itself never leaves the site."""
+        try:
+            return sha256_hex(self.site.folder.policy.read_bytes())
+        except OSError:
+            return None
 
     async def _leave(self, round_: RoundId, refusal: Refusal) -> None:
         journal = self.site.journal
@@ -449,17 +502,55 @@ class Actor:
         )
         if plan.secagg is not None:
             await self.secure.post_header(round_, action.attempt)
+        leaf = await self._commit_leaf(round_, action.attempt, record)
         with self._transfer(round_, "uploading") as transfer:
             receipt = await upload(
                 site.connection,
                 site.folder.uploads / record.file,
                 announcement,
                 progress=transfer.move,
+                leaf=leaf.entry if leaf else b"",
             )
-        if receipt != UploadHeader.from_bytes(record.header).receipt:
+        header = UploadHeader.from_bytes(record.header)
+        if receipt != (bytes.fromhex(leaf.leaf_hash) if leaf else header.receipt):
             raise DigestMismatchError(f"the receipt for {round_} names another upload")
+        if site.log is not None and leaf is not None:
+            await site.log.taken(leaf)
         await asyncio.to_thread(site.journal.add_receipt, round_, action.attempt, receipt)
         logger.info("uploaded %s, attempt %d", round_, action.attempt)
+
+    async def _commit_leaf(
+        self, round_: RoundId, attempt: int, record: UploadRecord
+    ) -> OwnLeaf | None:
+        """What this node signs when it hands in an update; None: there is no log."""
+        log, plan = self.site.log, self._plan(round_)
+        if log is None:
+            return None
+        header = UploadHeader.from_bytes(record.header)
+        ctx = deals = None
+        if plan.secagg is not None:
+            ctx, deals = await self.secure.committed(round_, attempt)
+        said = UpdateCommit(
+            attempt=attempt,
+            node=self.site.node,
+            ctx=ctx,
+            deals_sha256=deals,
+            upload_root=header.root,
+            bytes=header.size,
+            privacy=await asyncio.to_thread(self._claim, round_, plan),
+            datasets=(DatasetUsed(id=self.site.config.data.dataset),),
+        )
+        return await log.leaf(plan, round_, said, f"commit {attempt}")
+
+    def _claim(self, round_: RoundId, plan: Plan) -> dict[str, Any] | None:
+        """What the update spends; None: the plan is not private."""
+        if plan.privacy is None:
+            return None
+        record = self._joined(round_)
+        manifest = self.site.models.open(round_.run, record.start_root).manifest
+        coordinates = round_layout(plan, 0, manifest).model_coordinates
+        claim = self.site.privacy.claim(plan, record.index, coordinates)
+        return None if claim is None else claim.to_value()
 
     async def _secure_step(self, action: SecureStep) -> None:
         secure, round_, number = self.secure, action.round, action.attempt
@@ -558,6 +649,16 @@ class Actor:
             )
         if not code:
             code, detail = await asyncio.to_thread(self._own_part, round_, phase)
+        if not code and site.log is not None:
+            shown = AggregateShown(
+                attempt=phase.attempt,
+                sum_blob=opened.sum,
+                model_out=opened.model_root,
+                survivors=phase.survivors,
+            )
+            stops = await site.log.passes(round_, shown)
+            if stops is not None:
+                stop, code, detail = stops.rule, stops.rule, stops.why
         record = ConfirmRecord(
             round=round_,
             sum=opened.sum,
@@ -589,14 +690,18 @@ class Actor:
         if record is None:
             raise CorruptStateError(f"nothing was computed for round {action.round}")
         await self._report(action.round)
+        leaf = await self._verdict_leaf(record)
         request = rounds_pb2.ConfirmRequest(
             round=round_ref(action.round),
             model_root=record.computed or "",
             objection=record.objection,
             detail=_short(record.detail),
+            leaf=leaf.entry if leaf else b"",
         )
         try:
             await site.connection.ask(lambda c: c.rounds.Confirm, request)
+            if site.log is not None and leaf is not None:
+                await site.log.taken(leaf)
         except RefusedError as error:  # it will not be taken another time either
             detail = {"code": error.code, "reason": str(error)}
             await asyncio.to_thread(
@@ -620,6 +725,35 @@ class Actor:
             await site.connection.ask(lambda c: c.accounting.Report, request)
         except RefusedError as error:  # not taken another time either
             logger.info("the costs of %s were not taken: %s", round_, error)
+
+    async def _verdict_leaf(self, record: ConfirmRecord) -> OwnLeaf | None:
+        """What this node signs about a result; None: there is no log, or it had no part in it."""
+        log, round_ = self.site.log, record.round
+        joined = await asyncio.to_thread(self.site.journal.round, round_)
+        if log is None or joined is None or not joined.joined:
+            return None
+        state = log.verifier.log.rounds.get(round_)
+        attempt = next((each for each in state.attempts if each.aggregate), None) if state else None
+        if attempt is None:
+            raise NotReadyError(f"the result of {round_} is not in the witnessed log yet")
+        node = self.site.node
+        if record.objection or record.computed is None:
+            said: Predicate = RoundObjection(
+                attempt=attempt.number,
+                node=node,
+                code=record.objection if _RULE.fullmatch(record.objection) else "node.unknown",
+                model_out=record.computed,
+                evidence_sha256=sha256_hex(record.detail.encode()) if record.detail else None,
+            )
+        else:
+            own = attempt.commits.get(node)
+            said = RoundConfirm(
+                attempt=attempt.number,
+                node=node,
+                model_out=record.computed,
+                commit=own.leaf if own else None,
+            )
+        return await log.leaf(self._plan(round_), round_, said, "verdict")
 
     # -- helpers ---------------------------------------------------------------------------------
 

@@ -52,6 +52,16 @@ from node_agent.site import Site
 from node_agent.spool import job_id
 from node_agent.status import NodeStatus, RunStatus, iso, write_status
 from node_agent.view import RoundSeen, RunSeen, View, read_view
+from policies.audit.gate import (
+    Gate,
+    Passed,
+    PlanShown,
+    StartShown,
+    Stops,
+    SurvivorsShown,
+    Waits,
+)
+from protocols.canonical import sha256_hex
 from protocols.errors import (
     FederationError,
     IntegrityError,
@@ -64,6 +74,8 @@ from protocols.gen import rounds_pb2
 from protocols.identifiers import RoundId, RunId
 from protocols.plan import Plan
 from protocols.plan_privacy import promise
+from protocols.rounds import Committing, Dealing, Uploading
+from protocols.upload import UploadHeader
 from protocols.wire import round_ref, to_ms
 
 logger = logging.getLogger(__name__)
@@ -152,6 +164,11 @@ class Agent:
             asyncio.create_task(self._reconcile_loop(), name="reconcile"),
             asyncio.create_task(self._renew_loop(), name="renew"),
         }
+        if self.site.log is not None:
+            self.site.log.wake = self._wake.set
+            loops.add(asyncio.create_task(self.site.log.follow(), name="log"))
+            if self.site.log.witness is not None:
+                loops.add(asyncio.create_task(self.site.log.cosign(), name="witness"))
         if self.site.trust is not None:
             trusting = self.site.trust.run(self._wake.set)
             loops.add(asyncio.create_task(trusting, name="trust"))
@@ -357,6 +374,8 @@ class Agent:
                     refusal = launcher.refusal(known.plan)
                 if refusal is None and waits is None:
                     waits = self._governance.waits(known.plan)
+                if refusal is None and waits is None:
+                    waits, refusal = self._plan_gate(known.plan, current)
             if record is not None and record.joined:
                 work = self._work(current.round, known.plan)
                 uploaded = self._uploaded(current, record)
@@ -379,7 +398,45 @@ class Agent:
             said=journal.stage(seen.run) if known and known.plan.secagg else None,
             reserved=self._reserved(known.plan) if known else (),
             waits=waits,
+            gate=self._gate(known.plan, current, uploaded) if known and current else Passed(),
         )
+
+    def _plan_gate(self, plan: Plan, current: RoundSeen) -> tuple[str | None, Refusal | None]:
+        """Whether the log bears out the round that is open: what is waited for, or a refusal."""
+        if self.site.log is None:
+            return None, None
+        shown = PlanShown(
+            plan_sha256=sha256_hex(plan.to_bytes()), model_in=current.start.model_root
+        )
+        match self.site.log.gate(current.round, shown):
+            case Waits(why):
+                return why, None
+            case Stops(rule, why):
+                return None, Refusal(rule, why)
+            case _:
+                return None, None
+
+    def _gate(self, plan: Plan, current: RoundSeen, upload: UploadRecord | None) -> Gate:
+        """Whether the log bears out the attempt, or the survivor list, that is shown."""
+        if self.site.log is None:
+            return Passed()
+        match current.phase(plan):
+            case Dealing() as phase if phase.without_keys:
+                return Passed()  # the attempt begins when its keys are there
+            case Dealing() | Uploading() as phase:
+                start = StartShown(attempt=phase.attempt, ready=phase.ready)
+                return self.site.log.gate(current.round, start)
+            case Committing() as phase:
+                root = UploadHeader.from_bytes(upload.header).root if upload else None
+                listed = SurvivorsShown(
+                    attempt=phase.attempt,
+                    survivors=phase.survivors,
+                    node=self.site.node,
+                    upload_root=root,
+                )
+                return self.site.log.gate(current.round, listed)
+            case _:
+                return Passed()
 
     def _reserved(self, plan: Plan) -> tuple[RoundId, ...]:
         if plan.privacy is None:
@@ -568,6 +625,7 @@ class Agent:
                     self.site.connection,
                     node=self.site.node,
                     federation=self.site.config.federation,
+                    log=self.site.log,
                 )
             except FederationError as error:
                 logger.warning("the certificate was not renewed: %s", error.diagnostics())

@@ -122,8 +122,17 @@ async def upload(
     *,
     progress: Progress = _silent,
     stall_s: float = STALL_S,
+    leaf: bytes = b"",
 ) -> bytes:
     """Send a file and return its receipt, 32 bytes. Safe to repeat at any time.
+
+    Args:
+        connection: to the coordinator.
+        path: the vector.
+        announcement: its signed header.
+        progress: told of every step.
+        stall_s: without progress for so long, a try is given up.
+        leaf: what the node signs about it for the round log; empty: there is none.
 
     Raises:
         ConflictingUploadError, WrongPhaseError, NotListedError: as the coordinator said.
@@ -155,7 +164,7 @@ async def upload(
             except NotReadyError as error:
                 await patience.wait(error, int(state.durable))
                 continue
-        finish = bulk_pb2.FinishUploadRequest(upload_id=state.upload_id)
+        finish = bulk_pb2.FinishUploadRequest(upload_id=state.upload_id, leaf=leaf)
         try:
             answer = await connection.call(
                 connection.bulk.FinishUpload, finish, timeout_s=_READ_BACK_S

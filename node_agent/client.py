@@ -33,6 +33,7 @@ from protocols.gen import (
     accounting_pb2_grpc,
     bulk_pb2_grpc,
     enrolment_pb2_grpc,
+    log_pb2_grpc,
     rounds_pb2_grpc,
     secure_sum_pb2_grpc,
     trust_pb2_grpc,
@@ -147,6 +148,8 @@ class Connection:
         self.bulk: Any = bulk_pb2_grpc.BulkStub(self.channel)
         self.secure_sum: Any = secure_sum_pb2_grpc.SecureSumStub(self.channel)
         self.trust: Any = trust_pb2_grpc.TrustStub(self.channel)
+        self.log: Any = log_pb2_grpc.LogStub(self.channel)
+        self.witness: Any = log_pb2_grpc.WitnessStub(self.channel)
         self.renewal: Any = enrolment_pb2_grpc.RenewalStub(self.channel)
 
     def renew(self, identity: TlsIdentity, *, grace_s: float = 600.0) -> None:

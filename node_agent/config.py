@@ -6,6 +6,9 @@ nodes/<institution>/
   approvals/       plans that a person approved
   keys/            tls.pem (key, certificate, chain), signing.pem, root.pem: mode 0600
   journal.sqlite   what this node decided, sent and was answered
+  log.sqlite       the round log as this node verified it, and what it signed
+  witness/         key and memory of this node's witness: a lost memory retires the key
+  trust-policy.txt which log and which witnesses: only where a person pinned them
   privacy.sqlite   what this site's data have spent, by its own account
   spool/           between agent and worker; spool/uploads holds encoded vectors
   models/          the models this node holds, one folder per run
@@ -51,6 +54,8 @@ report = "named"                   # node_agent/resources.py has its keys
 kind = "local"                     # "slurm": node_agent/launchers/slurm_config.py has its keys
 [governance]
 require = true                     # left out: required where the invitation named a first root
+[log]
+require = true                     # left out: required where the enrolment brought the log's key
 """
 
 from __future__ import annotations
@@ -188,6 +193,12 @@ class GovernanceConfig(_Section):
     require: bool | None = None  # None: where the invitation named a first root
 
 
+class LogConfig(_Section):
+    """Whether this node acts only on what the witnessed round log bears out."""
+
+    require: bool | None = None  # None: where the enrolment brought the log's key
+
+
 class _File(_Section):
     institution: Annotated[str, AfterValidator(parse_node_id)]
     federation: Annotated[str, AfterValidator(parse_federation_id)]
@@ -202,6 +213,7 @@ class _File(_Section):
     privacy: PrivacyConfig = PrivacyConfig()
     governance: GovernanceConfig = GovernanceConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    log: LogConfig = LogConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +335,7 @@ class NodeConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     governance: GovernanceConfig = field(default_factory=GovernanceConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def _absolute(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -379,6 +392,7 @@ def load_config(folder: NodeFolder) -> NodeConfig:
         allow=file.allow,
         limits=file.limits,
         governance=file.governance,
+        log=file.log,
         flower=FlowerConfig(
             python_path=_absolute(file.flower.python_path, base),
             node_config=file.flower.node_config,

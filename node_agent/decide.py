@@ -18,6 +18,7 @@ from node_agent.records import ConfirmRecord, RoundRecord, UploadRecord
 from node_agent.rules import Refusal
 from node_agent.secure_state import RANK, SecureKnown
 from node_agent.view import RoundSeen, RunSeen, View
+from policies.audit.gate import Gate, Passed, Stops, Waits
 from protocols.identifiers import Digest, NodeId, RoundId, RunId
 from protocols.plan import Plan
 from protocols.rounds import (
@@ -194,6 +195,7 @@ class Situation:
     delivered: frozenset[Action] = frozenset()  # acknowledged, though the view may not show it yet
     work: Work = field(default_factory=Work)
     unsent: tuple[RoundId, ...] = ()  # rounds whose computed model was not acknowledged yet
+    gate: Gate = Passed()  # noqa: RUF009 - frozen; whether the log bears out what is shown
     secure: SecureKnown | None = None  # this node's state in a secure sum of this run
     said: SecureKnown | None = None  # the furthest it came in one, by the journal
     reserved: tuple[RoundId, ...] = ()  # rounds whose privacy is reserved and not settled
@@ -445,6 +447,8 @@ def _while_uploading(s: Situation, plan: Plan, current: RoundSeen, phase: Upload
             return _wait(f"round {round_}: this node's journal does not know that it is ready")
         return _do(MakeVector(round_, attempt), f"round {round_}: encoding attempt {attempt}")
     if s.upload.receipt is None:
+        if not isinstance(s.gate, Passed):
+            return _wait(f"round {round_}: {s.gate.why}")
         return _do(Upload(round_, attempt), f"round {round_}: uploading attempt {attempt}")
     return _wait(f"round {round_}: uploaded, waiting for the others")
 
@@ -571,6 +575,9 @@ def _while_dealing(s: Situation, round_: RoundId, phase: Dealing, known: SecureK
         return _secure(s, round_, attempt, "ready", f"handing in the keys of attempt {attempt}")
     if phase.without_keys:
         return _wait(f"round {round_}: attempt {attempt}, waiting for the others' fresh keys")
+    gated = _gated(s, round_, attempt)
+    if gated is not None:
+        return gated
     if s.node not in phase.dealt:
         return _secure(s, round_, attempt, "deal", "dealing shares")
     if phase.dealt != phase.ready:
@@ -597,8 +604,22 @@ def _while_committing(
             )
         return _wait(f"round {round_}: the survivor list is being signed")
     if s.node not in phase.commits:
+        gated = _gated(s, round_, phase.attempt)
+        if gated is not None:
+            return gated
         return _secure(s, round_, phase.attempt, "commit", "checking the survivor list")
     return _wait(f"round {round_}: committed, waiting for the others")
+
+
+def _gated(s: Situation, round_: RoundId, attempt: int) -> Decision | None:
+    """Log before act: wait until the log says what is shown, abort if it says something else."""
+    match s.gate:
+        case Waits(why):
+            return _wait(f"round {round_}: {why}")
+        case Stops(rule, why):
+            return _secure(s, round_, attempt, "abort", f"{rule}: {why}")
+        case _:
+            return None
 
 
 def _while_revealing(

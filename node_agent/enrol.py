@@ -17,15 +17,27 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node_agent.client import OPTIONS, Backoff, Connection, rebuild_error, retrying
-from node_agent.keys import CertificateRequest, KeyStore, TlsIdentity, certificate_pem
+from node_agent.keys import (
+    CertificateRequest,
+    KeyStore,
+    TlsIdentity,
+    certificate_pem,
+    write_secret,
+)
+from node_agent.log import LogPaths, NodeLog, enrol_leaf, now_unix, witness_key
+from node_agent.log_store import LogStore
+from protocols.canonical import sha256_hex
+from protocols.crypto.identity import spki_digest
 from protocols.crypto.signatures import Context, public_bytes, sign
 from protocols.enrolment import Invitation, enrolment_proof_body
 from protocols.errors import DigestMismatchError, NotEnrolledError
 from protocols.gen import enrolment_pb2, enrolment_pb2_grpc
 from protocols.identifiers import FederationId, NodeId, parse_federation_id
+from protocols.tlog.note import VerifierKey
 
 RENEW_AFTER = 2 / 3  # of the certificate's lifetime
 _RENEW_SPREAD = 0.1  # of the lifetime: nodes that joined together do not renew together
@@ -58,6 +70,7 @@ async def join(
     enrolment: str,
     rng: Random,
     approval: bytes = b"",
+    log: LogPaths | None = None,
 ) -> Enrolled:
     """Exchange an invitation for a certificate.
 
@@ -68,6 +81,7 @@ async def join(
         rng: jitter of retries.
         approval: the institution's statement about these very keys; needed once the federation is
             founded.
+        log: where the node keeps what belongs to the round log; None: it takes no part in one.
 
     Raises:
         TokenRefusedError: used by another request, expired or unknown.
@@ -86,6 +100,7 @@ async def join(
             signing_key, Context.ENROLMENT, enrolment_proof_body(token_hash, request.csr, public)
         ),
         approval=approval,
+        leaf=_asked(log, signing_key, invitation.institution, request.csr),
     )
     credentials = grpc.ssl_channel_credentials(root_certificates=root)
     async with grpc.aio.secure_channel(enrolment, credentials, options=list(OPTIONS)) as channel:
@@ -98,6 +113,9 @@ async def join(
                 raise rebuild_error(error, enrolment) from None
 
         answer = await retrying(once, rng=rng, backoff=Backoff(), attempts=5)
+    if log is not None and answer.log_vkey:
+        _keep_anchor(log, answer.log_vkey)
+        _mark_taken(log, request.csr)
     federation = parse_federation_id(answer.federation)
     identity = keys.accept(
         request,
@@ -113,6 +131,51 @@ async def join(
         identity=identity,
         trust_root=check_trust_root(answer.trust_root, invitation),
     )
+
+
+def _asked(log: LogPaths | None, key: Ed25519PrivateKey, node: NodeId, csr: bytes) -> bytes:
+    """The signed request for the round log; empty without one."""
+    if log is None:
+        return b""
+    store = LogStore(log.store)
+    try:
+        leaf = enrol_leaf(
+            store,
+            key=key,
+            node=node,
+            csr=csr,
+            spki=spki_digest(x509.load_der_x509_csr(csr)),
+            witness=witness_key(log, node),
+        )
+    finally:
+        store.close()
+    return leaf.entry
+
+
+def _mark_taken(log: LogPaths, csr: bytes) -> None:
+    store = LogStore(log.store)
+    try:
+        leaf = store.own(f"enrol.request {sha256_hex(csr)}")
+        if leaf is not None:
+            store.taken([leaf.seq], now_unix())
+    finally:
+        store.close()
+
+
+def _keep_anchor(log: LogPaths, vkey: str) -> None:
+    """Remember the log's key; it never changes here.
+
+    Raises:
+        DigestMismatchError: the coordinator names another log than before.
+    """
+    key = VerifierKey.parse(vkey)
+    if log.vkey.exists():
+        if log.vkey.read_text("utf-8").strip() != vkey:
+            raise DigestMismatchError(
+                "the coordinator names another log than at the first join: do not go on"
+            )
+        return
+    write_secret(log.vkey, key.to_text().encode() + b"\n")
 
 
 def check_trust_root(data: bytes, invitation: Invitation) -> bytes | None:
@@ -138,7 +201,12 @@ def renewal_due(identity: TlsIdentity, *, rng: Random) -> datetime:
 
 
 async def renew(
-    keys: KeyStore, connection: Connection, *, node: NodeId, federation: FederationId
+    keys: KeyStore,
+    connection: Connection,
+    *,
+    node: NodeId,
+    federation: FederationId,
+    log: NodeLog | None = None,
 ) -> TlsIdentity:
     """Get a certificate for a new key, and use it from now on, without a restart.
 
@@ -148,8 +216,13 @@ async def renew(
     """
     serial = keys.tls().serial
     request = keys.request(node, purpose=f"renew {serial:x}")
-    message = enrolment_pb2.RenewRequest(csr_der=request.csr)
+    leaf = None
+    if log is not None:
+        leaf = await log.renewal(request.csr, spki_digest(x509.load_der_x509_csr(request.csr)))
+    message = enrolment_pb2.RenewRequest(csr_der=request.csr, leaf=leaf.entry if leaf else b"")
     answer = await connection.ask(lambda c: c.renewal.Renew, message)
+    if log is not None and leaf is not None:
+        await log.taken(leaf)
     if answer.federation != federation:
         raise NotEnrolledError(f"the certificate is of federation {answer.federation!r:.60}")
     identity = keys.accept(

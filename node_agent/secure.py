@@ -23,6 +23,7 @@ from node_agent.records import RoundRecord, UploadRecord
 from node_agent.rules import Refusal
 from node_agent.secure_state import SecureKnown, SecureStates, outline
 from node_agent.site import Site
+from protocols.canonical import hash_fields
 from protocols.errors import (
     CorruptStateError,
     DigestMismatchError,
@@ -176,6 +177,25 @@ class SecureSum:
         )
         await self.site.connection.ask(lambda c: c.secure_sum.Post, request)
 
+    def _seen(self) -> tuple[int, Digest]:
+        """The last checkpoint of the log that this node accepted."""
+        if self.site.log is None:
+            return 0, NOTHING_SEEN
+        seen = self.site.log.verifier.seen
+        return seen.size, Digest(seen.root.hex())
+
+    async def committed(self, round_: RoundId, number: int) -> tuple[Digest, Digest]:
+        """The context that this node's upload is bound to, and the digest of the deals in it.
+
+        Raises:
+            WrongPhaseError: no vector is fixed, or this node has gone further.
+        """
+        state = await asyncio.to_thread(self._state, round_, number)
+        if not isinstance(state, Uploaded):
+            raise WrongPhaseError(f"round {round_}: this node has no vector to hand in")
+        deals = hash_fields("minga/deals/v1", *(deal.body.to_bytes() for deal in state.deals))
+        return state.agreed().ctx, Digest(deals.hex())
+
     # -- the steps ---------------------------------------------------------------------------
 
     async def ready(self, record: RoundRecord, plan: Plan, number: int) -> None:
@@ -206,8 +226,8 @@ class SecureSum:
                 self.site.node,
                 key,
                 seed=self.site.random_bytes(32),
-                seen_size=0,
-                seen_root=NOTHING_SEEN,
+                seen_size=self._seen()[0],
+                seen_root=self._seen()[1],
             )
             moves.append(self._keep(move))
         return moves
@@ -222,11 +242,13 @@ class SecureSum:
 
     async def acknowledge(self, round_: RoundId, number: int) -> None:
         """Open the packets; DEAL_OK or a complaint."""
-        delivery, key = await self._get(round_, number, "delivery"), self.site.signing_key
+        log, key = self.site.log, self.site.signing_key
+        checkpoint = NO_CHECKPOINT if log is None else log.bound_checkpoint(round_, number)
+        delivery = await self._get(round_, number, "delivery")
         await self._carry_out(
             round_,
             number,
-            lambda state: machine.acknowledge(state, delivery, key, checkpoint=NO_CHECKPOINT),
+            lambda state: machine.acknowledge(state, delivery, key, checkpoint=checkpoint),
         )
 
     async def masking(self, round_: RoundId, number: int) -> Masking | Uploaded:

@@ -26,6 +26,7 @@ from node_agent.launchers.local import (
     worker_environment,
 )
 from node_agent.launchers.slurm import SlurmLauncher
+from node_agent.log import NodeLog, open_node_log
 from node_agent.models import Models
 from node_agent.privacy import PrivacyGuard
 from node_agent.privacy_ledger import PrivacyLedger
@@ -59,6 +60,7 @@ class Site:
     now: Callable[[], datetime]  # UTC
     monotonic: Callable[[], float]  # seconds
     random_bytes: Callable[[int], bytes]  # secret: seeds of the dither
+    log: NodeLog | None = None  # None: this node takes part without a round log
     trust: Trust | None = None  # None: this node takes part without governance
 
     @property
@@ -172,4 +174,13 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
         monotonic=time.monotonic,
         random_bytes=os.urandom,
         trust=open_trust(folder, config, connection, journal),
+        log=open_node_log(
+            folder.root,
+            node=config.institution,
+            federation=config.federation,
+            key=signing_key,
+            connection=connection,
+            rng=rng,
+            require=config.log.require,
+        ),
     )

@@ -35,6 +35,12 @@ def init(
     operator: Annotated[
         str, typer.Option(help="Name in the first operator certificate.")
     ] = "cenia",
+    log: Annotated[
+        bool, typer.Option("--log/--no-log", help="Keep a round log that witnesses cosign.")
+    ] = True,
+    http: Annotated[
+        str | None, typer.Option(help="HOST:PORT that serves log and trust repository to readers.")
+    ] = None,
     governed: Annotated[
         bool,
         typer.Option(
@@ -56,7 +62,8 @@ def init(
         ledger=ledger,
         operator=operator,
         governed=governed,
-        log=False,
+        log=log,
+        http=http,
     )
     typer.echo(f"made {made}")
     if governed:

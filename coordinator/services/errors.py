@@ -66,6 +66,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return grpc.unary_stream_rpc_method_handler(
                 _stream(handler.unary_stream, method), **codec
             )
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(
+                _stream(handler.stream_stream, method), **codec
+            )
         return handler
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
@@ -86,6 +87,7 @@ class AdminClient:
     """Calls as an operator. Use as a context manager; the channel opens with the first call."""
 
     def __init__(self, operator: Operator) -> None:
+        self._operator = operator
         self._address = operator.address
         credentials = grpc.ssl_channel_credentials(
             root_certificates=operator.ca,
@@ -159,7 +161,11 @@ class AdminClient:
 
     def submit(self, plan: bytes, snapshot: bytes) -> RunReport:
         """Submit a plan and its starting snapshot; their blobs were put before."""
-        request = admin_pb2.SubmitRunRequest(plan=plan, snapshot=snapshot)
+        signed = self._operator.sign_request(Plan.from_bytes(plan), datetime.now(UTC))
+        body, signature = signed or (b"", b"")
+        request = admin_pb2.SubmitRunRequest(
+            plan=plan, snapshot=snapshot, request=body, request_signature=signature
+        )
         return read_run_facts(self._call(self._admin.SubmitRun, request))
 
     def runs(self) -> tuple[RunReport, ...]:

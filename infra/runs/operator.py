@@ -7,6 +7,7 @@ init` and `minga demo` make it). On another machine a small file says it (``--co
     ca = "ca.crt"                  # relative to this file
     certificate = "operator.crt"
     key = "operator.key"
+    signing_key = "operator-signing.pem"   # where the federation keeps a round log
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from protocols.canonical import sha256_hex
+from protocols.crypto.signatures import Context, sign
 from protocols.errors import ConfigurationError
+from protocols.plan import Plan
+from protocols.tlog.kinds import RunRequest
 
 DIR_VARIABLE: Final = "MINGA_DIR"
 _KEYS: Final = {"coordinator", "ca", "certificate", "key"}
@@ -31,6 +40,30 @@ class Operator:
     ca: bytes  # PEM
     certificate: bytes  # PEM
     key: bytes = field(repr=False)  # PEM
+    signing_key: bytes | None = field(default=None, repr=False)  # PEM; None: signs for no run
+
+    def sign_request(self, plan: Plan, now: datetime) -> tuple[bytes, bytes] | None:
+        """What the operator signs when it submits a plan, and the signature; None: it cannot.
+
+        Raises:
+            ConfigurationError: the signing key cannot be read.
+        """
+        if self.signing_key is None:
+            return None
+        try:
+            key = load_pem_private_key(self.signing_key, None)
+        except (ValueError, TypeError):
+            key = None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ConfigurationError("the operator's signing key is not an Ed25519 key")
+        body = RunRequest(
+            federation=plan.federation,
+            run=plan.run,
+            plan_sha256=sha256_hex(plan.to_bytes()),
+            model_root=plan.model.initial,
+            time=f"{now:%Y-%m-%dT%H:%M:%SZ}",
+        ).to_bytes()
+        return body, sign(key, Context.RUN_REQUEST, body)
 
 
 def find_operator(
@@ -61,6 +94,7 @@ def _from_folder(folder: Path) -> Operator:
         ca=_read(loaded.keys / "ca.crt"),
         certificate=_read(loaded.keys / "operator.crt"),
         key=_read(loaded.keys / "operator.key"),
+        signing_key=_read_if(loaded.keys / "operator-signing.pem"),
     )
 
 
@@ -71,7 +105,9 @@ def _from_file(path: Path) -> Operator:
         raise ConfigurationError(f"{path} is missing") from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: {error}") from None
-    if set(raw) != _KEYS or not all(isinstance(value, str) for value in raw.values()):
+    if set(raw) - {"signing_key"} != _KEYS or not all(
+        isinstance(value, str) for value in raw.values()
+    ):
         raise ConfigurationError(f"{path} must hold exactly the texts {', '.join(sorted(_KEYS))}")
     host, colon, port = raw["coordinator"].rpartition(":")
     if not host or not colon or not port.isdigit():
@@ -82,7 +118,12 @@ def _from_file(path: Path) -> Operator:
         ca=_read(folder / raw["ca"]),
         certificate=_read(folder / raw["certificate"]),
         key=_read(folder / raw["key"]),
+        signing_key=_read(folder / raw["signing_key"]) if "signing_key" in raw else None,
     )
+
+
+def _read_if(path: Path) -> bytes | None:
+    return _read(path) if path.exists() else None
 
 
 def _read(path: Path) -> bytes:

@@ -28,6 +28,7 @@ from node_agent.config import (
 from node_agent.enrol import Enrolled, request_for
 from node_agent.enrol import join as enrol
 from node_agent.keys import KeyStore
+from node_agent.log import LogPaths
 from node_agent.site_policy import STARTING_RULES, starting_policy
 from node_agent.spool import atomic_write
 from node_agent.status import iso
@@ -183,7 +184,14 @@ def join_folder(request: JoinRequest) -> dict[str, Any]:
     keys = KeyStore(node.keys)
     approval = _approval(request, keys, invitation)
     enrolled: Enrolled = asyncio.run(
-        enrol(keys, invitation, enrolment=enrolment, rng=SystemRandom(), approval=approval)
+        enrol(
+            keys,
+            invitation,
+            enrolment=enrolment,
+            rng=SystemRandom(),
+            approval=approval,
+            log=LogPaths(node.root),
+        )
     )
     if enrolled.trust_root is not None:
         atomic_write(node.trust_root, enrolled.trust_root)

@@ -1,0 +1,245 @@
+"""Reads the log as it grows, believes nothing, and remembers durably what held.
+
+For each page: every leaf is verified and replayed, the root over all leaves must be the
+checkpoint's, and the checkpoint must satisfy the trust policy. Only then it is kept, and only what
+is kept opens a gate. A page that fails under a good signature of the log is evidence: it is stored,
+and from then on nothing passes. Pages that are merely unsigned or lack a quorum are thrown away.
+
+Which policy: a file that the site pinned, if there is one; else the witnesses that the log itself
+named up to the last accepted checkpoint. So a coordinator that brings a new set of witnesses must
+have the old one cosign the checkpoint that brings them. At first contact the log's own set counts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from node_agent.log_store import LogStore
+from policies.audit.gate import Known, Stops
+from policies.audit.replay import LeafRefusedError, Replay, witness_policy
+from protocols.crypto.signatures import BadSignatureError
+from protocols.errors import (
+    ConfigurationError,
+    CorruptStateError,
+    FederationError,
+    IntegrityError,
+    MalformedMessageError,
+)
+from protocols.identifiers import RoundId
+from protocols.tlog.cosignature import open_checkpoint
+from protocols.tlog.leaf import BrokenChainError, Seen
+from protocols.tlog.merkle import EMPTY_ROOT, leaf_hash
+from protocols.tlog.note import KeyRing, VerifierKey
+from protocols.tlog.proofs import BadProofError
+from protocols.tlog.trust_policy import Accepted, TrustPolicy, accept_checkpoint
+
+logger = logging.getLogger(__name__)
+_LIES = (LeafRefusedError, BrokenChainError, BadProofError)
+
+
+def read_policy(path: Path) -> TrustPolicy | None:
+    """The policy that a site pinned; None: it did not.
+
+    Raises:
+        ConfigurationError: the file is no trust policy.
+    """
+    try:
+        return TrustPolicy.parse(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, MalformedMessageError) as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+
+
+@dataclass(slots=True)
+class _Trial:
+    """Leaves that were read and are not under a checkpoint yet."""
+
+    first: int
+    replay: Replay
+    entries: list[bytes]
+
+
+class LogVerifier:
+    """What one node knows of the log. Its methods block; one thread at a time.
+
+    Args:
+        store: of this node.
+        log: the log's key, from the enrolment.
+        now: Unix seconds.
+        pinned: the site's own trust policy.
+    """
+
+    def __init__(
+        self,
+        store: LogStore,
+        log: VerifierKey,
+        *,
+        now: Callable[[], int],
+        pinned: TrustPolicy | None = None,
+    ) -> None:
+        self._store = store
+        self._log = log
+        self._now = now
+        self._pinned = pinned
+        self._replay = Replay()
+        self._accepted: Accepted | None = None
+        self._policy: TrustPolicy | None = None
+        self._trial: _Trial | None = None
+        self._load()
+
+    def _load(self) -> None:
+        for entry in self._store.entries():
+            self._replay.take(entry)
+        head = self._store.head()
+        if head is None:
+            return
+        size, note = head
+        opened = open_checkpoint(note, KeyRing.of([self._log]), now=2**62)
+        if (size, opened.checkpoint.root) != (self._replay.size, self._replay.root):
+            raise CorruptStateError("the kept leaves are not those of the kept checkpoint")
+        policy = self._policy_of(self._replay)
+        self._policy = policy
+        opened = open_checkpoint(note, policy.ring, now=2**62)
+        by_key = {signature.key: signature.time for signature in opened.cosignatures}
+        times = {
+            name: time
+            for name, key in policy.witnesses.items()
+            if (time := by_key.get(key)) is not None
+        }
+        self._accepted = Accepted(opened=opened, times=times)
+
+    # -- what is known -------------------------------------------------------------------------
+
+    @property
+    def origin(self) -> str:
+        """Of the log."""
+        return self._log.name
+
+    @property
+    def size(self) -> int:
+        """Leaves that are verified and kept."""
+        return self._replay.size
+
+    @property
+    def expects(self) -> int:
+        """The index of the next leaf to read."""
+        return self._trial.replay.size if self._trial else self._replay.size
+
+    @property
+    def seen(self) -> Seen:
+        """The last accepted checkpoint, for this node's own leaves."""
+        size = self._replay.size
+        return Seen(size=size, root=self._replay.root if size else EMPTY_ROOT)
+
+    @property
+    def log(self) -> Replay:
+        """The verified log; not to be changed."""
+        return self._replay
+
+    def known(self) -> Known | None:
+        """For the gate; None: nothing was accepted yet."""
+        if self._accepted is None or self._policy is None:
+            return None
+        alarm = self._store.alarm()
+        return Known(
+            log=self._replay,
+            policy=self._policy,
+            cosigned=self._accepted.times,
+            alarm=Stops(*alarm) if alarm else None,
+            undelivered=self._store.missing(),
+        )
+
+    def bound_checkpoint(self, round_: RoundId, attempt: int) -> bytes | None:
+        """What an attempt's secure sum is bound to; None: its start was not seen yet."""
+        return self._replay.bound_checkpoint(round_, attempt)
+
+    # -- reading on ----------------------------------------------------------------------------
+
+    def forget_trial(self) -> None:
+        """Read on from what is kept: for a new connection."""
+        self._trial = None
+
+    def take(self, first: int, entries: Sequence[bytes], checkpoint: bytes) -> bool:
+        """Take a page. Returns whether a checkpoint was accepted with it.
+
+        Args:
+            first: index of the first leaf; what is known already is not to come again.
+            entries: leaves.
+            checkpoint: empty while more leaves follow.
+
+        Raises:
+            IntegrityError, MalformedMessageError: nothing of it was kept. Where the log's own
+                signature stands under it, an alarm was raised.
+        """
+        trial = self._trial or _Trial(self._replay.size, self._replay.copy(), [])
+        try:
+            if first != trial.replay.size:
+                raise MalformedMessageError(f"leaf {first} came where {trial.replay.size} is due")
+            for entry in entries:
+                trial.replay.take(entry)
+                trial.entries.append(entry)
+            if not checkpoint:
+                self._trial = trial
+                return False
+            accepted, policy = self._check(trial.replay, checkpoint)
+        except (IntegrityError, MalformedMessageError) as error:
+            self._trial = None
+            self._suspect(error, entries, checkpoint)
+            raise
+        mine = self._store.own_hashes()
+        from_us = [taken for taken in _hashes(trial.entries) if taken in mine]
+        self._store.accept(trial.first, trial.entries, trial.replay.size, checkpoint, from_us)
+        self._replay, self._accepted, self._trial = trial.replay, accepted, None
+        # From here on, whoever the log names now must vouch for what comes next.
+        self._policy = self._policy_of(self._replay) if self._pinned is None else policy
+        return True
+
+    def _check(self, replay: Replay, checkpoint: bytes) -> tuple[Accepted, TrustPolicy]:
+        policy = self._policy or self._policy_of(replay)
+        accepted = accept_checkpoint(policy, checkpoint, now=self._now())
+        head = accepted.opened.checkpoint
+        if (head.size, head.root) != (replay.size, replay.root):
+            raise BadProofError(
+                f"the checkpoint of size {head.size} is not over the {replay.size} leaves read"
+            )
+        return self._times(replay, accepted), policy
+
+    def _times(self, replay: Replay, accepted: Accepted) -> Accepted:
+        """The cosignatures by the names of the policy that is in force from now on."""
+        policy = self._policy_of(replay)
+        opened = open_checkpoint(accepted.opened.note.to_bytes(), policy.ring, now=self._now())
+        by_key = {signature.key: signature.time for signature in opened.cosignatures}
+        times = {
+            name: time
+            for name, key in policy.witnesses.items()
+            if (time := by_key.get(key)) is not None
+        }
+        return Accepted(opened=opened, times=times)
+
+    def _policy_of(self, replay: Replay) -> TrustPolicy:
+        if self._pinned is not None:
+            return self._pinned
+        auditors = replay.genesis.witnesses if replay.genesis else ()
+        keys = [VerifierKey.parse(vkey) for vkey in auditors]
+        return witness_policy(self._log, replay.witnesses, keys)
+
+    def _suspect(self, error: FederationError, entries: Sequence[bytes], checkpoint: bytes) -> None:
+        """Raise an alarm where the log itself signed what does not hold."""
+        if not isinstance(error, _LIES) or not checkpoint:
+            return
+        try:
+            open_checkpoint(checkpoint, KeyRing.of([self._log]), now=self._now())
+        except (BadSignatureError, MalformedMessageError):
+            return
+        rule = error.rule if isinstance(error, LeafRefusedError) else f"log.{error.code}"
+        evidence = b"".join(len(e).to_bytes(4, "big") + e for e in (checkpoint, *entries))
+        logger.error("the round log does not hold: %s", error)
+        self._store.raise_alarm(rule, str(error)[:400], evidence, self._now())
+
+
+def _hashes(entries: Sequence[bytes]) -> list[str]:
+    return [leaf_hash(entry).hex() for entry in entries]
