@@ -209,8 +209,9 @@ def make_witness(folder: Path, name: str) -> SignerKey:
     seed = Ed25519PrivateKey.generate().private_bytes_raw()
     signer = SignerKey(name=name, type=KeyType.ED25519_COSIGNATURE, seed=seed)
     database = folder / DATABASE
-    if not (folder / KEY_FILE).exists():  # a database of a key that was never written
-        database.unlink(missing_ok=True)
+    if (folder / KEY_FILE).exists():
+        raise FileExistsError(str(folder / KEY_FILE))
+    database.unlink(missing_ok=True)  # of a key that was never written
     WitnessStore(database, signer.verifier.to_text(), fresh=True).close()
     write_key(folder / KEY_FILE, name, seed)
     return signer

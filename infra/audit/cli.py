@@ -304,3 +304,41 @@ def export(
     for path in write_exports(loaded, out, wanted):
         typer.echo(str(path))
     _end(loaded.audit, strict=False)
+
+
+@app.command()
+def witness(
+    folder: Annotated[
+        Path, typer.Option("--dir", metavar="DIR", help="Key and memory of this witness.")
+    ],
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where logs ask.")
+    ] = "127.0.0.1:8090",
+    log: Annotated[
+        list[Path] | None,
+        typer.Option("--log", metavar="FILE", help="The vkey of a log to watch; repeatable."),
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="Name of the key, when it is made.")
+    ] = "witness.minga.example/auditor",
+) -> None:
+    """Cosign a log over HTTP, until interrupted: one history and no other."""
+    from infra.audit.witness import prepare
+    from node_agent.witness import serve_http
+    from protocols.errors import ConfigurationError
+
+    made = prepare(folder, name=name, log_keys=tuple(log or ()))
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigurationError("--listen is HOST:PORT")
+    try:
+        server = serve_http(made, host, int(port))
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {listen}: {error.strerror}") from None
+    print(made.signer.verifier.to_text(), flush=True)
+    _say(f"cosigning on {host}:{server.server_address[1]}; give the key above to the coordinator")
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+        made.store.close()
