@@ -12,7 +12,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -25,6 +25,7 @@ from coordinator.rounds import advance
 from coordinator.secure_sum import check_uploaded
 from coordinator.services.caller import Callers
 from coordinator.spool import MAX_MESSAGE, Arriving, Spool, upload_path
+from policies.privacy.claim import claim_of
 from protocols.errors import (
     ConflictingUploadError,
     MalformedMessageError,
@@ -201,6 +202,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
                 attempt=header.attempt,
                 upload_root=header.root,
                 bytes=header.size,
+                privacy=self._claim(tx, header.round_id) if tx.logs else None,
             )
             receipt = header.receipt if leaf is None else bytes.fromhex(leaf)
             advance(
@@ -221,6 +223,15 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
                 await log_late(self._ledger, node, request.leaf)
             raise
         return bulk_pb2.Receipt(receipt=receipt)
+
+    def _claim(self, tx: Tx, round_id: RoundId) -> dict[str, Any] | None:
+        """What an update of a round must say that it costs; None: it costs nothing."""
+        row, plan = tx.round(round_id), tx.run(round_id.run).plan
+        if row is None or plan.privacy is None:
+            return None
+        coordinates = self._layouts.of(plan, row.index).model_coordinates
+        claim = claim_of(plan, row.index, coordinates)
+        return None if claim is None else claim.to_value()
 
     async def append(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
         """Raw: the bytes of an upload from an offset on. Answers the durable offset."""
