@@ -374,6 +374,31 @@ def policy_of(state: TrustState) -> ConsortiumPolicy:
     return policy
 
 
+def check_approvers(
+    old: ConsortiumPolicy | None, policy: ConsortiumPolicy, *admins: Admins
+) -> None:
+    """Whoever read a program that is newly allowed is an admin, of different institutions.
+
+    What was allowed before stays so when an admin who read it goes.
+
+    Raises:
+        TrustRefusedError: trust.quorum.
+    """
+    seats = {person.id: person.institution for some in admins for person in some.admins()}
+    need = policy.governance.decisions.code_approvers
+    known = old.code.allowed if old is not None else ()
+    for code in policy.code.allowed:
+        if code in known:
+            continue
+        institutions = {seats[name] for name in code.approved_by if name in seats}
+        if len(institutions) < need:
+            raise TrustRefusedError(
+                f"code {code.image[:19]}… is approved by admins of {len(institutions)} "
+                f"institutions, {need} must have read it",
+                rule="trust.quorum",
+            )
+
+
 def majorities(
     changes: list[Change], before: TrustState | None, after: TrustState
 ) -> dict[str, int]:
@@ -402,12 +427,12 @@ def check_successor(before: TrustState | None, after: TrustState) -> list[Change
         MalformedMessageError: the policy cannot be read.
     """
     policy = policy_of(after)
-    if before is not None:
-        old = policy_of(before)
-        if old.digest != policy.digest:
-            decision = changes_of_policy.check_successor(old, policy)
-            if isinstance(decision, Refused):
-                raise TrustRefusedError(str(decision), rule="trust.shape")
+    old = policy_of(before) if before is not None else None
+    check_approvers(old, policy, after.admins)
+    if old is not None and old.digest != policy.digest:
+        decision = changes_of_policy.check_successor(old, policy)
+        if isinstance(decision, Refused):
+            raise TrustRefusedError(str(decision), rule="trust.shape")
     changes = compare(before, after)
     for role, need in majorities(changes, before, after).items():
         if role in after.quorums:
@@ -475,6 +500,10 @@ def check_steps(before: TrustState, after: TrustState, files: Files) -> list[Cha
                     f"needs {need}",
                     rule="trust.majority",
                 )
+            if role == roles.POLICY:
+                old_policy = ConsortiumPolicy.from_bytes(documents[POLICY_DOCUMENT])
+                new_policy = ConsortiumPolicy.from_bytes(read.get(POLICY_DOCUMENT, b""))
+                check_approvers(old_policy, new_policy, before.admins, after.admins)
             changes += step
             targets, documents = new, read
     policy_of(after)

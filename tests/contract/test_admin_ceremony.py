@@ -52,7 +52,9 @@ def desk(tmp_path, monkeypatch):
     ):  # fmt: skip
         run("key", "make", f"keys/{person}", "--person", person, "--institution", institution,
             "--country", country)  # fmt: skip
-    Path("policy.json").write_bytes(policy_bytes(admins=3, threshold=2, min_countries=2))
+    Path("policy.json").write_bytes(
+        policy_bytes(admins=3, threshold=2, min_countries=2, approvers=("admin-ar", "admin-br"))
+    )
     return tmp_path
 
 

@@ -79,7 +79,14 @@ def institution(name: str, country: str, **changes: Any) -> Institution:
     return Institution.model_validate(value | changes)
 
 
-def policy_bytes(*, admins: int, threshold: int, min_countries: int, **changes: Any) -> bytes:
+def policy_bytes(
+    *,
+    admins: int,
+    threshold: int,
+    min_countries: int,
+    approvers: Iterable[str] = ("ana", "bruno"),
+    **changes: Any,
+) -> bytes:
     """The example policy for so many admins; ``changes`` by dotted path with ``__``."""
     source = Path(policies.example.__path__[0]) / "consortium.json"
     value = json.loads(source.read_text())
@@ -97,6 +104,8 @@ def policy_bytes(*, admins: int, threshold: int, min_countries: int, **changes: 
     value["governance"]["override"]["threshold"] = threshold
     value["governance"]["release_board"] = {"n": 3, "threshold": 2}
     value["governance"]["emergency"]["threshold"] = 2
+    for code in value["code"]["allowed"]:
+        code["approved_by"] = list(approvers)
     for path, changed in changes.items():
         *parents, last = path.split("__")
         inner = value
@@ -142,6 +151,7 @@ class World:
             admins=len(self.admins),
             threshold=self.threshold,
             min_countries=self.min_countries,
+            approvers=[admin[0] for admin in self.admins[:2]],
             **changes,
         )
 

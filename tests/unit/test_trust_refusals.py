@@ -166,6 +166,18 @@ def test_what_nobody_classified_needs_the_highest_majority():
     refused("trust.majority", lambda: check_successor(before, after))
 
 
+def test_code_that_nobody_of_two_institutions_read():
+    world = founded()
+    one = world.policy(policy_version=8)
+    value = json.loads(one)
+    value["code"]["allowed"][0]["approved_by"] = ["ana", "nobody"]
+    request = propose_policy(world.base(), {POLICY_DOCUMENT: canonical_bytes(value)})
+    before = world.state
+
+    after = world.enact(request, ["ana", "bruno", "carla"])
+    assert "must have read" in refused("trust.quorum", lambda: check_successor(before, after))
+
+
 # -- roles -------------------------------------------------------------------------------------
 
 
