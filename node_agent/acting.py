@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn, assert_never
 
 from node_agent import consent
 from node_agent.bulk import Announcement, fetch, upload
+from node_agent.capability import check_memory
 from node_agent.contribution import (
     LocalWork,
     Terms,
@@ -190,6 +191,10 @@ class Actor:
         facts = await asyncio.to_thread(consent.site_facts, self.site.config, self.site.folder.root)
         buffers = len(optimizer_for(plan.outer).buffer_names)
         refusal = consent.check_disk(plan, facts, coordinates=manifest.coordinates, buffers=buffers)
+        trained = sum(part.coordinates for part in manifest.select(plan.trainable))
+        refusal = refusal or check_memory(
+            plan, self.site.capability, trained=trained, parameters=manifest.coordinates
+        )
         if refusal is not None:
             self.refuse(run.run, refusal)
             return
@@ -393,6 +398,11 @@ class Actor:
         if result is None:
             raise WorkerError(f"the worker left no result for {name}")
         check_private_work(plan, record.index, result)
+        least = plan.local_step.min_steps if plan.trains_in(record.index) else 0
+        if plan.local_step.kind == "builtin" and result.steps < least:
+            raise WorkerError(
+                f"{result.steps} steps in the time there was; the plan wants at least {least}"
+            )
         facts: dict[str, object] = {
             "steps": result.steps,
             "tokens": result.tokens,

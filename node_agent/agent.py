@@ -231,6 +231,7 @@ class Agent:
                 wait_ms=wait_ms,
                 progress=progress,
                 agent_version=agent_version(),
+                capability=str(self.site.capability),
                 state="paused" if paused else "running",
             )
             try:
@@ -659,6 +660,7 @@ class Agent:
             trouble=self._trouble,
             clock_offset_s=round(offset, 1) if offset is not None else None,
             certificate_until=iso(self._identity.not_after),
+            capability=str(site.capability),
             workers={kind: launcher.state for kind, launcher in site.launchers.items()},
             runs=tuple(self._run_status(seen) for seen in view.runs) if view else (),
         )

@@ -48,6 +48,8 @@ python_path = ["apps"]             # where apps come from; left out: whatever Py
 node_config = "partition-id=3"     # node_config of an app's Context, in Flower's own notation
 [limits]
 cpu_threads = 1                    # for encoding and for the outer step
+[capability]
+gpus = 96                          # node_agent/capability.py; left out: found on this machine
 [resources]
 report = "named"                   # node_agent/resources.py has its keys
 [launcher]
@@ -76,6 +78,7 @@ from pydantic import (
     model_validator,
 )
 
+from node_agent.capability import CapabilityConfig
 from node_agent.launchers.slurm_config import LauncherConfig
 from node_agent.resources import ResourcesConfig
 from policies.privacy.budget import Allowance, midnight
@@ -214,6 +217,7 @@ class _File(_Section):
     governance: GovernanceConfig = GovernanceConfig()
     resources: ResourcesConfig = ResourcesConfig()
     log: LogConfig = LogConfig()
+    capability: CapabilityConfig = CapabilityConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +340,7 @@ class NodeConfig:
     governance: GovernanceConfig = field(default_factory=GovernanceConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    capability: CapabilityConfig = field(default_factory=CapabilityConfig)
 
 
 def _absolute(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -399,6 +404,7 @@ def load_config(folder: NodeFolder) -> NodeConfig:
         ),
         launcher=file.launcher,
         resources=file.resources,
+        capability=file.capability,
     )
 
 

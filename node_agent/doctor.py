@@ -35,7 +35,7 @@ from node_agent.launchers.slurm_rules import waits_line
 from node_agent.launchers.slurm_script import job_name
 from node_agent.lock import lock_holder
 from node_agent.models import Models
-from node_agent.site import slurm_launcher
+from node_agent.site import site_capability, slurm_launcher
 from node_agent.site_policy import load_site_rules
 from node_agent.spool import Spool
 from node_agent.view import View, read_view
@@ -416,6 +416,8 @@ def examine(
     found.append(check_data("train", config.data.train, needed=bool(trains)))
     found.append(check_data("valid", config.data.valid, needed=False))
     found.extend(check_disk(node, view))
+    if trains:
+        found.append(ok("capability", str(site_capability(config))))
     if trains and config.launcher.slurm:
         found.extend(check_slurm(node, config, Slurm.here(), hand_in=start_worker))
     elif trains:

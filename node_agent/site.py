@@ -13,6 +13,12 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from node_agent.capability import (
+    Capability,
+    capability,
+    gpus_of_machine,
+    memory_of_machine,
+)
 from node_agent.client import Connection
 from node_agent.config import NodeConfig, NodeFolder
 from node_agent.journal import Journal
@@ -56,6 +62,7 @@ class Site:
     models: Models
     connection: Connection
     launchers: Mapping[str, Launcher]  # by kind of local step
+    capability: Capability
     rng: Random  # jitter only
     now: Callable[[], datetime]  # UTC
     monotonic: Callable[[], float]  # seconds
@@ -67,6 +74,18 @@ class Site:
     def node(self) -> NodeId:
         """This node."""
         return self.config.institution
+
+
+def site_capability(config: NodeConfig) -> Capability:
+    """What this site can train. Blocking: asks nvidia-smi, where the worker may use GPUs."""
+    launcher = config.launcher
+    return capability(
+        config.capability,
+        uses_gpus=config.worker.device != "cpu",
+        elsewhere=(launcher.nodes, launcher.gpus_per_node) if launcher.slurm else None,
+        gpus_here=gpus_of_machine,
+        memory_here=memory_of_machine,
+    )
 
 
 def make_launchers(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> dict[str, Launcher]:
@@ -169,6 +188,7 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
         models=Models(folder.models.resolve()),
         connection=connection,
         launchers=make_launchers(folder, config, rng=rng),
+        capability=site_capability(config),
         rng=rng,
         now=utc_now,
         monotonic=time.monotonic,

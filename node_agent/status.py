@@ -49,6 +49,7 @@ class NodeStatus:
     trouble: str  # of the connection; empty: none
     clock_offset_s: float | None  # coordinator's clock minus ours
     certificate_until: str
+    capability: str = ""  # what the site can train
     workers: dict[str, str] = field(default_factory=dict)
     runs: tuple[RunStatus, ...] = ()
 

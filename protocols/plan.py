@@ -80,6 +80,7 @@ class LocalStep(Part):
     max_steps: Count | None = None
     max_tokens: Count | None = None
     max_seconds: Seconds | None = None
+    min_steps: Count = 1  # with fewer a node leaves the round: its update would be noise
     keep_optimizer: bool = True
 
     @field_validator("betas", mode="before")
@@ -96,6 +97,8 @@ class LocalStep(Part):
         limits = (self.max_steps, self.max_tokens, self.max_seconds)
         if self.kind == "builtin" and all(limit is None for limit in limits):
             raise ValueError("local_step needs max_steps, max_tokens or max_seconds")
+        if self.max_steps is not None and self.min_steps > self.max_steps:
+            raise ValueError("local_step.min_steps is more than max_steps")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("local_step.betas must be in [0, 1)")
         return self

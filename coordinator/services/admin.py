@@ -28,7 +28,7 @@ from coordinator.privacy import Cap, cap_for, spend_facts
 from coordinator.rounds import advance, why_now
 from coordinator.services.caller import Callers
 from coordinator.services.facts import full_facts, history_entry, node_facts, run_facts
-from coordinator.services.progress import read_progress
+from coordinator.services.progress import read_progress, read_reports
 from coordinator.services.submission import (
     check_request,
     check_roster,
@@ -121,8 +121,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         await self._callers.operator(context)
 
         def look(tx: Tx) -> list[admin_pb2.NodeFacts]:
-            certificates, progress = tx.certificates(), read_progress(tx)
-            return [node_facts(row, certificates, progress.get(row.node, ())) for row in tx.nodes()]
+            certificates, said = tx.certificates(), read_reports(tx)
+            nothing = rounds_pb2.SyncRequest()
+            return [
+                node_facts(row, certificates, said.get(row.node, nothing)) for row in tx.nodes()
+            ]
 
         return admin_pb2.ListNodesResponse(nodes=await self._ledger.read("list_nodes", look))
 

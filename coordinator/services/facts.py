@@ -127,7 +127,7 @@ def round_facts(
 def node_facts(
     row: NodeRow,
     certificates: Sequence[CertificateRow],
-    progress: Sequence[rounds_pb2.Progress],
+    said: rounds_pb2.SyncRequest,
 ) -> admin_pb2.NodeFacts:
     """Everything about one node."""
     until = [
@@ -143,7 +143,8 @@ def node_facts(
         last_seen_ms=to_ms(row.seen_at) if row.seen_at else 0,
         state=row.state,
         agent_version=row.agent_version,
-        progress=progress,
+        progress=said.progress,
+        capability=said.capability,
         signing_key=row.signing_key,
     )
 

@@ -35,6 +35,7 @@ class Report:
     state: str
     agent_version: str
     progress: tuple[rounds_pb2.Progress, ...]
+    capability: str = ""
 
 
 def read_report(request: rounds_pb2.SyncRequest, now: datetime) -> Report:
@@ -55,24 +56,31 @@ def read_report(request: rounds_pb2.SyncRequest, now: datetime) -> Report:
         state=request.state,
         agent_version=read_text(request.agent_version, what="a version", limit=64),
         progress=tuple(request.progress),
+        capability=read_text(request.capability, what="a capability", limit=100),
     )
 
 
 def write_reports(tx: Tx, reports: dict[NodeId, Report]) -> None:
     """Keep the last report of each node. A node that reports nothing keeps its last one."""
+    known = read_reports(tx)
     for node in sorted(reports):  # in one order everywhere, so that two processes cannot deadlock
-        report = reports[node]
+        report, before = reports[node], known.get(node, rounds_pb2.SyncRequest())
         tx.seen(node, report.at, report.state, report.agent_version)
-        if report.progress:
-            packed = rounds_pb2.SyncRequest(progress=report.progress)
+        if report.progress or report.capability != before.capability:
+            packed = rounds_pb2.SyncRequest(
+                progress=report.progress or before.progress, capability=report.capability
+            )
             tx.set_progress(node, packed.SerializeToString(), report.at)
 
 
+def read_reports(tx: Tx) -> dict[NodeId, rounds_pb2.SyncRequest]:
+    """What each node said last: ``progress`` and ``capability``."""
+    return {row.node: rounds_pb2.SyncRequest.FromString(row.reports) for row in tx.progress()}
+
+
 def read_progress(tx: Tx) -> dict[NodeId, Sequence[rounds_pb2.Progress]]:
-    """What each node said last."""
-    return {
-        row.node: rounds_pb2.SyncRequest.FromString(row.reports).progress for row in tx.progress()
-    }
+    """What each node said last that it is doing."""
+    return {node: report.progress for node, report in read_reports(tx).items()}
 
 
 class ProgressBook:
@@ -93,6 +101,7 @@ class ProgressBook:
                 state=report.state,
                 agent_version=report.agent_version,
                 progress=before.progress,
+                capability=report.capability,
             )
         self._gathered[node] = report
         if self._writer is None or self._writer.done():

@@ -71,7 +71,8 @@ def nodes_table(
     name = str(current.round) if current else ""
     for node in sorted(nodes, key=lambda entry: entry.node):
         mine = [p for p in node.progress if f"{p.round.run}/{p.round.number}" == name]
-        doing = activity(max(mine, key=lambda p: p.at_ms)) if mine else (node.state or "not seen")
+        idle = f"{node.state or 'not seen'}{f' ({node.capability})' if node.capability else ''}"
+        doing = activity(max(mine, key=lambda p: p.at_ms)) if mine else idle
         made.row(node.node, "done" if node.node in ready else "waiting", doing)
     return made
 

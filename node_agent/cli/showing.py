@@ -82,6 +82,8 @@ def print_status(facts: dict[str, Any]) -> None:
             if state != "asleep":
                 _line(f"worker ({kind}): {state}")
     if agent is not None:
+        if agent.get("capability"):
+            _line(f"can train {agent['capability']}")
         _line(f"certificate until {agent['certificate_until']}")
         for run in agent["runs"]:
             at = f"{run['round']} {run['phase']}" if run["round"] else run["status"]

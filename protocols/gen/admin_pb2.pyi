@@ -29,7 +29,7 @@ class ListNodesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeFacts(_message.Message):
-    __slots__ = ("node", "status", "enrolled_at_ms", "certificate_until_ms", "last_seen_ms", "state", "agent_version", "progress", "signing_key")
+    __slots__ = ("node", "status", "enrolled_at_ms", "certificate_until_ms", "last_seen_ms", "state", "agent_version", "progress", "signing_key", "capability")
     NODE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     ENROLLED_AT_MS_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class NodeFacts(_message.Message):
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SIGNING_KEY_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     node: str
     status: str
     enrolled_at_ms: int
@@ -48,7 +49,8 @@ class NodeFacts(_message.Message):
     agent_version: str
     progress: _containers.RepeatedCompositeFieldContainer[_rounds_pb2.Progress]
     signing_key: bytes
-    def __init__(self, node: _Optional[str] = ..., status: _Optional[str] = ..., enrolled_at_ms: _Optional[int] = ..., certificate_until_ms: _Optional[int] = ..., last_seen_ms: _Optional[int] = ..., state: _Optional[str] = ..., agent_version: _Optional[str] = ..., progress: _Optional[_Iterable[_Union[_rounds_pb2.Progress, _Mapping]]] = ..., signing_key: _Optional[bytes] = ...) -> None: ...
+    capability: str
+    def __init__(self, node: _Optional[str] = ..., status: _Optional[str] = ..., enrolled_at_ms: _Optional[int] = ..., certificate_until_ms: _Optional[int] = ..., last_seen_ms: _Optional[int] = ..., state: _Optional[str] = ..., agent_version: _Optional[str] = ..., progress: _Optional[_Iterable[_Union[_rounds_pb2.Progress, _Mapping]]] = ..., signing_key: _Optional[bytes] = ..., capability: _Optional[str] = ...) -> None: ...
 
 class ListNodesResponse(_message.Message):
     __slots__ = ("nodes",)

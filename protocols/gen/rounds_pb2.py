@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0crounds.proto\x12\x08minga.v1\"\'\n\x08RoundRef\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\"x\n\x0bSyncRequest\x12\x0c\n\x04seen\x18\x01 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x02 \x01(\r\x12$\n\x08progress\x18\x03 \x03(\x0b\x32\x12.minga.v1.Progress\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\"\xa7\x01\n\x08Progress\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x10\n\x08max_step\x18\x04 \x01(\x04\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x12\n\nbytes_done\x18\x06 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x07 \x01(\x04\x12\r\n\x05\x61t_ms\x18\x08 \x01(\x03\"P\n\x0cSyncResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06now_ms\x18\x02 \x01(\x03\x12\x1f\n\x04runs\x18\x03 \x03(\x0b\x32\x11.minga.v1.RunView\"\x8d\x01\n\x07RunView\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12$\n\x07\x63urrent\x18\x04 \x01(\x0b\x32\x13.minga.v1.RoundView\x12*\n\rlast_released\x18\x05 \x01(\x0b\x32\x13.minga.v1.RoundView\"\xb1\x01\n\tRoundView\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\"\n\x05phase\x18\x02 \x01(\x0b\x32\x13.minga.v1.PhaseView\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x16\n\x0estart_snapshot\x18\x04 \x01(\x0c\x12\x15\n\rnext_snapshot\x18\x05 \x01(\x0c\x12\r\n\x05index\x18\x06 \x01(\r\x12\x12\n\ntranscript\x18\x07 \x01(\t\"\xd4\x02\n\tPhaseView\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0c\x63loses_at_ms\x18\x03 \x01(\x03\x12\x0e\n\x06joined\x18\x04 \x03(\t\x12\x10\n\x08\x64\x65\x63lined\x18\x05 \x03(\t\x12\x0e\n\x06\x63ohort\x18\x06 \x03(\t\x12\r\n\x05ready\x18\x07 \x03(\t\x12\x0c\n\x04left\x18\x08 \x03(\t\x12\r\n\x05\x64\x65\x61lt\x18\t \x03(\t\x12\x0e\n\x06\x61greed\x18\n \x03(\t\x12\x10\n\x08received\x18\x0b \x03(\t\x12\x11\n\tsurvivors\x18\x0c \x03(\t\x12\x0f\n\x07\x63ommits\x18\r \x03(\t\x12\x0e\n\x06\x61\x62orts\x18\x0e \x03(\t\x12\x10\n\x08revealed\x18\x0f \x03(\t\x12\x0b\n\x03sum\x18\x10 \x01(\t\x12\x12\n\nmodel_root\x18\x11 \x01(\t\x12\x0c\n\x04\x63ode\x18\x12 \x01(\t\x12\x0e\n\x06reason\x18\x13 \x01(\t\x12\r\n\x05keyed\x18\x14 \x03(\t\"\x1d\n\x0eGetPlanRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x1f\n\x0fGetPlanResponse\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"g\n\x0bJoinRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_root\x18\x03 \x01(\t\x12\x0c\n\x04leaf\x18\x04 \x01(\x0c\"_\n\x0e\x44\x65\x63lineRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04leaf\x18\x04 \x01(\x0c\"E\n\x0cReadyRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x12\n\nmodel_root\x18\x02 \x01(\t\"O\n\x0cLeaveRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"x\n\x0e\x43onfirmRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x12\n\nmodel_root\x18\x02 \x01(\t\x12\x11\n\tobjection\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0c\n\x04leaf\x18\x05 \x01(\x0c\"=\n\nRoundReply\x12\"\n\x05phase\x18\x01 \x01(\x0b\x32\x13.minga.v1.PhaseView\x12\x0b\n\x03why\x18\x02 \x01(\t2\x98\x03\n\x06Rounds\x12\x35\n\x04Sync\x12\x15.minga.v1.SyncRequest\x1a\x16.minga.v1.SyncResponse\x12>\n\x07GetPlan\x12\x18.minga.v1.GetPlanRequest\x1a\x19.minga.v1.GetPlanResponse\x12\x33\n\x04Join\x12\x15.minga.v1.JoinRequest\x1a\x14.minga.v1.RoundReply\x12\x39\n\x07\x44\x65\x63line\x12\x18.minga.v1.DeclineRequest\x1a\x14.minga.v1.RoundReply\x12\x35\n\x05Ready\x12\x16.minga.v1.ReadyRequest\x1a\x14.minga.v1.RoundReply\x12\x35\n\x05Leave\x12\x16.minga.v1.LeaveRequest\x1a\x14.minga.v1.RoundReply\x12\x39\n\x07\x43onfirm\x12\x18.minga.v1.ConfirmRequest\x1a\x14.minga.v1.RoundReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0crounds.proto\x12\x08minga.v1\"\'\n\x08RoundRef\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\"\x8c\x01\n\x0bSyncRequest\x12\x0c\n\x04seen\x18\x01 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x02 \x01(\r\x12$\n\x08progress\x18\x03 \x03(\x0b\x32\x12.minga.v1.Progress\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x12\n\ncapability\x18\x06 \x01(\t\"\xa7\x01\n\x08Progress\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x10\n\x08max_step\x18\x04 \x01(\x04\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x12\n\nbytes_done\x18\x06 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x07 \x01(\x04\x12\r\n\x05\x61t_ms\x18\x08 \x01(\x03\"P\n\x0cSyncResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06now_ms\x18\x02 \x01(\x03\x12\x1f\n\x04runs\x18\x03 \x03(\x0b\x32\x11.minga.v1.RunView\"\x8d\x01\n\x07RunView\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12$\n\x07\x63urrent\x18\x04 \x01(\x0b\x32\x13.minga.v1.RoundView\x12*\n\rlast_released\x18\x05 \x01(\x0b\x32\x13.minga.v1.RoundView\"\xb1\x01\n\tRoundView\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\"\n\x05phase\x18\x02 \x01(\x0b\x32\x13.minga.v1.PhaseView\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x16\n\x0estart_snapshot\x18\x04 \x01(\x0c\x12\x15\n\rnext_snapshot\x18\x05 \x01(\x0c\x12\r\n\x05index\x18\x06 \x01(\r\x12\x12\n\ntranscript\x18\x07 \x01(\t\"\xd4\x02\n\tPhaseView\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0c\x63loses_at_ms\x18\x03 \x01(\x03\x12\x0e\n\x06joined\x18\x04 \x03(\t\x12\x10\n\x08\x64\x65\x63lined\x18\x05 \x03(\t\x12\x0e\n\x06\x63ohort\x18\x06 \x03(\t\x12\r\n\x05ready\x18\x07 \x03(\t\x12\x0c\n\x04left\x18\x08 \x03(\t\x12\r\n\x05\x64\x65\x61lt\x18\t \x03(\t\x12\x0e\n\x06\x61greed\x18\n \x03(\t\x12\x10\n\x08received\x18\x0b \x03(\t\x12\x11\n\tsurvivors\x18\x0c \x03(\t\x12\x0f\n\x07\x63ommits\x18\r \x03(\t\x12\x0e\n\x06\x61\x62orts\x18\x0e \x03(\t\x12\x10\n\x08revealed\x18\x0f \x03(\t\x12\x0b\n\x03sum\x18\x10 \x01(\t\x12\x12\n\nmodel_root\x18\x11 \x01(\t\x12\x0c\n\x04\x63ode\x18\x12 \x01(\t\x12\x0e\n\x06reason\x18\x13 \x01(\t\x12\r\n\x05keyed\x18\x14 \x03(\t\"\x1d\n\x0eGetPlanRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x1f\n\x0fGetPlanResponse\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"g\n\x0bJoinRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_root\x18\x03 \x01(\t\x12\x0c\n\x04leaf\x18\x04 \x01(\x0c\"_\n\x0e\x44\x65\x63lineRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04leaf\x18\x04 \x01(\x0c\"E\n\x0cReadyRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x12\n\nmodel_root\x18\x02 \x01(\t\"O\n\x0cLeaveRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"x\n\x0e\x43onfirmRequest\x12!\n\x05round\x18\x01 \x01(\x0b\x32\x12.minga.v1.RoundRef\x12\x12\n\nmodel_root\x18\x02 \x01(\t\x12\x11\n\tobjection\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0c\n\x04leaf\x18\x05 \x01(\x0c\"=\n\nRoundReply\x12\"\n\x05phase\x18\x01 \x01(\x0b\x32\x13.minga.v1.PhaseView\x12\x0b\n\x03why\x18\x02 \x01(\t2\x98\x03\n\x06Rounds\x12\x35\n\x04Sync\x12\x15.minga.v1.SyncRequest\x1a\x16.minga.v1.SyncResponse\x12>\n\x07GetPlan\x12\x18.minga.v1.GetPlanRequest\x1a\x19.minga.v1.GetPlanResponse\x12\x33\n\x04Join\x12\x15.minga.v1.JoinRequest\x1a\x14.minga.v1.RoundReply\x12\x39\n\x07\x44\x65\x63line\x12\x18.minga.v1.DeclineRequest\x1a\x14.minga.v1.RoundReply\x12\x35\n\x05Ready\x12\x16.minga.v1.ReadyRequest\x1a\x14.minga.v1.RoundReply\x12\x35\n\x05Leave\x12\x16.minga.v1.LeaveRequest\x1a\x14.minga.v1.RoundReply\x12\x39\n\x07\x43onfirm\x12\x18.minga.v1.ConfirmRequest\x1a\x14.minga.v1.RoundReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,34 +33,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUNDREF']._serialized_start=26
   _globals['_ROUNDREF']._serialized_end=65
-  _globals['_SYNCREQUEST']._serialized_start=67
-  _globals['_SYNCREQUEST']._serialized_end=187
-  _globals['_PROGRESS']._serialized_start=190
-  _globals['_PROGRESS']._serialized_end=357
-  _globals['_SYNCRESPONSE']._serialized_start=359
-  _globals['_SYNCRESPONSE']._serialized_end=439
-  _globals['_RUNVIEW']._serialized_start=442
-  _globals['_RUNVIEW']._serialized_end=583
-  _globals['_ROUNDVIEW']._serialized_start=586
-  _globals['_ROUNDVIEW']._serialized_end=763
-  _globals['_PHASEVIEW']._serialized_start=766
-  _globals['_PHASEVIEW']._serialized_end=1106
-  _globals['_GETPLANREQUEST']._serialized_start=1108
-  _globals['_GETPLANREQUEST']._serialized_end=1137
-  _globals['_GETPLANRESPONSE']._serialized_start=1139
-  _globals['_GETPLANRESPONSE']._serialized_end=1170
-  _globals['_JOINREQUEST']._serialized_start=1172
-  _globals['_JOINREQUEST']._serialized_end=1275
-  _globals['_DECLINEREQUEST']._serialized_start=1277
-  _globals['_DECLINEREQUEST']._serialized_end=1372
-  _globals['_READYREQUEST']._serialized_start=1374
-  _globals['_READYREQUEST']._serialized_end=1443
-  _globals['_LEAVEREQUEST']._serialized_start=1445
-  _globals['_LEAVEREQUEST']._serialized_end=1524
-  _globals['_CONFIRMREQUEST']._serialized_start=1526
-  _globals['_CONFIRMREQUEST']._serialized_end=1646
-  _globals['_ROUNDREPLY']._serialized_start=1648
-  _globals['_ROUNDREPLY']._serialized_end=1709
-  _globals['_ROUNDS']._serialized_start=1712
-  _globals['_ROUNDS']._serialized_end=2120
+  _globals['_SYNCREQUEST']._serialized_start=68
+  _globals['_SYNCREQUEST']._serialized_end=208
+  _globals['_PROGRESS']._serialized_start=211
+  _globals['_PROGRESS']._serialized_end=378
+  _globals['_SYNCRESPONSE']._serialized_start=380
+  _globals['_SYNCRESPONSE']._serialized_end=460
+  _globals['_RUNVIEW']._serialized_start=463
+  _globals['_RUNVIEW']._serialized_end=604
+  _globals['_ROUNDVIEW']._serialized_start=607
+  _globals['_ROUNDVIEW']._serialized_end=784
+  _globals['_PHASEVIEW']._serialized_start=787
+  _globals['_PHASEVIEW']._serialized_end=1127
+  _globals['_GETPLANREQUEST']._serialized_start=1129
+  _globals['_GETPLANREQUEST']._serialized_end=1158
+  _globals['_GETPLANRESPONSE']._serialized_start=1160
+  _globals['_GETPLANRESPONSE']._serialized_end=1191
+  _globals['_JOINREQUEST']._serialized_start=1193
+  _globals['_JOINREQUEST']._serialized_end=1296
+  _globals['_DECLINEREQUEST']._serialized_start=1298
+  _globals['_DECLINEREQUEST']._serialized_end=1393
+  _globals['_READYREQUEST']._serialized_start=1395
+  _globals['_READYREQUEST']._serialized_end=1464
+  _globals['_LEAVEREQUEST']._serialized_start=1466
+  _globals['_LEAVEREQUEST']._serialized_end=1545
+  _globals['_CONFIRMREQUEST']._serialized_start=1547
+  _globals['_CONFIRMREQUEST']._serialized_end=1667
+  _globals['_ROUNDREPLY']._serialized_start=1669
+  _globals['_ROUNDREPLY']._serialized_end=1730
+  _globals['_ROUNDS']._serialized_start=1733
+  _globals['_ROUNDS']._serialized_end=2141
 # @@protoc_insertion_point(module_scope)

@@ -15,18 +15,20 @@ class RoundRef(_message.Message):
     def __init__(self, run: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class SyncRequest(_message.Message):
-    __slots__ = ("seen", "wait_ms", "progress", "agent_version", "state")
+    __slots__ = ("seen", "wait_ms", "progress", "agent_version", "state", "capability")
     SEEN_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     seen: int
     wait_ms: int
     progress: _containers.RepeatedCompositeFieldContainer[Progress]
     agent_version: str
     state: str
-    def __init__(self, seen: _Optional[int] = ..., wait_ms: _Optional[int] = ..., progress: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ..., agent_version: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
+    capability: str
+    def __init__(self, seen: _Optional[int] = ..., wait_ms: _Optional[int] = ..., progress: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ..., agent_version: _Optional[str] = ..., state: _Optional[str] = ..., capability: _Optional[str] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("round", "activity", "step", "max_step", "tokens", "bytes_done", "bytes_total", "at_ms")

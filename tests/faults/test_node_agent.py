@@ -196,6 +196,21 @@ def test_a_bad_worker_costs_one_round(bench, behaviour, starts, code, sentence):
     assert report.status == "done"
 
 
+def test_too_few_steps_are_no_update(bench):
+    """The fake worker says 2 steps; the plan wants 3."""
+    bench.behave("well")
+    run = bench.federation.submit(
+        "few", rounds=1, local_step=TRAINS | {"max_steps": 9, "min_steps": 3}
+    )
+
+    with bench.federation.history(run) as history:
+        bench.until(run, lambda r: len(r.rounds) >= 2)
+        entry = bench.federation.entries(history, lambda e: "left (worker_failed)" in e.why)
+
+    assert "2 steps in the time there was; the plan wants at least 3" in entry.why
+    bench.federation.client.stop(run, "seen enough")
+
+
 def test_a_paused_node_declines_and_says_why(bench):
     bench.behave("well")
     bench.folder.paused.touch()
@@ -207,6 +222,9 @@ def test_a_paused_node_declines_and_says_why(bench):
     assert "site.paused" in entry.why
     status = read_status(bench.folder.status)
     assert status["state"] == "paused"
+    assert status["capability"].startswith("T")
+    (facts,) = [f for f in bench.federation.client.nodes() if f.node == NODE]
+    assert facts.capability == status["capability"]
 
     bench.folder.paused.unlink()
     assert bench.until(run, confirmed).status == "done"
