@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn, assert_never
 
 from node_agent import consent
 from node_agent.bulk import Announcement, fetch, upload
-from node_agent.capability import check_memory
+from node_agent.capability import base_size, check_memory
 from node_agent.contribution import (
     LocalWork,
     Terms,
@@ -193,7 +193,11 @@ class Actor:
         refusal = consent.check_disk(plan, facts, coordinates=manifest.coordinates, buffers=buffers)
         trained = sum(part.coordinates for part in manifest.select(plan.trainable))
         refusal = refusal or check_memory(
-            plan, self.site.capability, trained=trained, parameters=manifest.coordinates
+            plan,
+            self.site.capability,
+            trained=trained,
+            parameters=manifest.coordinates,
+            base_bytes=base_size(self.site.config.worker.base_model),
         )
         if refusal is not None:
             self.refuse(run.run, refusal)

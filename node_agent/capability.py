@@ -17,6 +17,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -106,23 +107,27 @@ def capability(
     )
 
 
-def memory_needed(plan: Plan, *, trained: int, parameters: int) -> float:
+def memory_needed(plan: Plan, *, trained: int, parameters: int, base_bytes: int = 0) -> float:
     """GB that weights, gradients and moments fill at least; activations come on top.
 
     Args:
         plan: of the run.
         trained: parameters that are trained.
-        parameters: all of the model.
+        parameters: all of the exchanged model.
+        base_bytes: under an adapter: of the base model's files, which stay as they are.
     """
     states = _STATES[plan.local_step.optimizer]
-    return (trained * states + (parameters - trained) * _FROZEN) / GB
+    base = base_bytes if plan.model.lora is not None else 0
+    return (trained * states + (parameters - trained) * _FROZEN + base) / GB
 
 
-def check_memory(plan: Plan, site: Capability, *, trained: int, parameters: int) -> Refusal | None:
+def check_memory(
+    plan: Plan, site: Capability, *, trained: int, parameters: int, base_bytes: int = 0
+) -> Refusal | None:
     """Whether the run fits into the site's memory; what is not known is not refused."""
     if plan.local_step.kind != "builtin" or not site.trains_in_gb:
         return None
-    needed = memory_needed(plan, trained=trained, parameters=parameters)
+    needed = memory_needed(plan, trained=trained, parameters=parameters, base_bytes=base_bytes)
     if needed <= site.trains_in_gb:
         return None
     return Refusal(
@@ -130,6 +135,13 @@ def check_memory(plan: Plan, site: Capability, *, trained: int, parameters: int)
         f"training needs at least {needed:.1f} GB for weights and states, the site has"
         f" {site.trains_in_gb:.1f} GB ({site}); config.toml [capability] corrects a wrong figure",
     )
+
+
+def base_size(folder: str | None) -> int:
+    """Bytes of a base model's weights on disk."""
+    if folder is None:
+        return 0
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
 # -- looking at this machine -----------------------------------------------------------------------

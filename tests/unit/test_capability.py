@@ -6,14 +6,17 @@ import pytest
 from pydantic import ValidationError
 
 from node_agent.capability import (
+    GB,
     Capability,
     CapabilityConfig,
+    base_size,
     capability,
     check_memory,
     memory_needed,
     read_gpus,
 )
 from protocols.errors import MalformedMessageError
+from protocols.plan_model import Lora
 from tests.support.node import the_plan
 
 BUILTIN = {"kind": "builtin", "max_steps": 3}
@@ -81,8 +84,24 @@ def test_memory_of_a_run():
     assert memory_needed(plan, trained=LLAMA_70B, parameters=LLAMA_70B) == pytest.approx(
         1129, abs=1
     )
-    adapter = memory_needed(plan, trained=41_943_040, parameters=LLAMA_8B)
-    assert adapter == pytest.approx(32.6, abs=0.1)  # float32 base: what the worker holds today
+    half = memory_needed(plan, trained=LLAMA_8B // 2, parameters=LLAMA_8B)
+    assert half == pytest.approx(8.03 * 10, abs=0.1)
+
+
+def test_under_an_adapter_the_base_counts_as_it_lies_on_disk(tmp_path):
+    lora = Lora(factors="ffa", targets=("q_proj",), rank=16, alpha=32)
+    plan = the_plan(local_step=BUILTIN)
+    model = plan.model.model_copy(update={"lora": lora})
+    plan = plan.model_copy(update={"model": model})
+    (tmp_path / "a.safetensors").write_bytes(bytes(3000))
+    (tmp_path / "README.md").write_bytes(bytes(999))
+
+    assert base_size(str(tmp_path)) == 3000
+    assert base_size(None) == 0
+    needed = memory_needed(plan, trained=41_943_040, parameters=41_943_040, base_bytes=16 * GB)
+    assert needed == pytest.approx(16.67, abs=0.01)  # an 8B model in bfloat16: one GPU of 24 GB
+    assert check_memory(plan, site(1, 24.0), trained=1, parameters=1, base_bytes=16 * GB) is None
+    assert check_memory(plan, site(1, 15.9), trained=1, parameters=1, base_bytes=16 * GB)
 
 
 @pytest.mark.parametrize(
