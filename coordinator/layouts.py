@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from coordinator.blobs import Blobs
 from protocols.identifiers import Digest
 from protocols.plan import Plan
-from protocols.round_vector import round_layout
+from protocols.round_vector import metric_names, round_layout
 from protocols.tensors.layout import VectorLayout
 from protocols.tensors.manifest import Manifest
 
@@ -20,7 +21,7 @@ class Layouts:
 
     blobs: Blobs
     _manifests: dict[Digest, Manifest] = field(default_factory=dict)
-    _layouts: dict[tuple[Digest, int], VectorLayout] = field(default_factory=dict)
+    _layouts: dict[Hashable, VectorLayout] = field(default_factory=dict)
 
     def manifest(self, blob: Digest) -> Manifest:
         """The manifest stored as ``blob``."""
@@ -32,10 +33,11 @@ class Layouts:
 
     def of(self, plan: Plan, index: int) -> VectorLayout:
         """Layout of the plan's round ``index``."""
-        key = (plan.digest, index)
+        manifest = Digest(plan.model.manifest)
+        key = (manifest, plan.selection_in(index), metric_names(plan, index))
         found = self._layouts.get(key)
         if found is None:
-            found = round_layout(plan, index, self.manifest(Digest(plan.model.manifest)))
+            found = round_layout(plan, index, self.manifest(manifest))
             if len(self._layouts) >= _KEEP:
                 self._layouts.clear()
             self._layouts[key] = found
