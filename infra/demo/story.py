@@ -57,6 +57,9 @@ from protocols.tensors.snapshot import Snapshot
 FEDERATION: Final = "demo"
 _FIRST_MODEL: Final = "first model"
 DEFAULT_SITES: Final = 4
+_LOG_PAUSE_S: Final = 0.1  # between two looks at the log's checkpoint
+_LOG_QUIET: Final = 4  # looks without a change: the last leaves are witnessed
+_LOG_TRIES: Final = 60
 VERDICTS_S: Final = 20.0  # for the nodes to say which last model they computed
 
 
@@ -152,13 +155,14 @@ def _play(
                 view.say(f"{site} joined by a one-time invitation, approved by its institution")
             languages = next(text.languages for text in texts if text.site == site)
             federation.declare(site, languages)
-        _submit(settings, texts, federation, governance, client, view)
-        for site in settings.sites:
+        for site in settings.sites:  # before the plan: they are the log's witnesses
             federation.start_node(site)
+        _submit(settings, texts, federation, governance, client, view)
         strikers = _strikers(request, settings, federation)
         with view:
             run = _follow(client, federation, view, strikers)
             run = _wait_for_verdicts(run, client, federation, view)
+            _wait_for_log(federation)
         struck = tuple(entry.struck for entry in strikers if entry.struck is not None)
         facts = summary(
             run=run, settings=settings, texts=texts, struck=struck, seconds=view.elapsed_s
@@ -319,6 +323,18 @@ def _submit(
         f"run {RUN}: {model.manifest.coordinates} parameters, {settings.rounds} rounds of training"
         f", plan {made.plan.digest[:12]}…, signed by {THRESHOLD} admins"
     )
+
+
+def _wait_for_log(federation: Federation) -> None:
+    """Return when the last leaves are under a checkpoint, before the witnesses are stopped."""
+    path, last, quiet = federation.folder / "log" / "checkpoint", b"", 0
+    for _ in range(_LOG_TRIES):
+        now = path.read_bytes() if path.exists() else b""
+        quiet = quiet + 1 if now == last else 0
+        if quiet >= _LOG_QUIET:
+            return
+        last = now
+        time.sleep(_LOG_PAUSE_S)
 
 
 def _strikers(request: Request, settings: Settings, federation: Federation) -> list[Striker]:
