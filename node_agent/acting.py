@@ -562,7 +562,7 @@ class Actor:
             return None
         record = self._joined(round_)
         manifest = self.site.models.open(round_.run, record.start_root).manifest
-        coordinates = round_layout(plan, 0, manifest).model_coordinates
+        coordinates = round_layout(plan, record.index, manifest).model_coordinates
         claim = self.site.privacy.claim(plan, record.index, coordinates)
         return None if claim is None else claim.to_value()
 
