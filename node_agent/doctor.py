@@ -165,6 +165,20 @@ def check_data(name: str, paths: tuple[str, ...], *, needed: bool) -> Finding:
     return ok(what, f"{corpus.documents} documents in {len(corpus.files)} files, {size:.1f} MiB")
 
 
+def check_budgets(config: NodeConfig) -> Finding:
+    """Whether plans in private modes can be afforded at all."""
+    mine = [b for b in config.privacy.budget if b.dataset == config.data.dataset]
+    if not mine:
+        return Finding(
+            what="privacy",
+            level="warning",
+            sentence=f"data set {config.data.dataset} has no budget: private plans are declined",
+            mend="write [[privacy.budget]] in config.toml",
+        )
+    told = ", ".join(f"epsilon {b.epsilon:g} at delta {b.delta:g} by {b.unit.value}" for b in mine)
+    return ok("privacy", f"data set {config.data.dataset} may lose {told}")
+
+
 def check_devices(config: NodeConfig, probe: Callable[[], dict[str, Any]]) -> Finding:
     """Whether the GPUs that the config wants are there; asked of another process."""
     if config.worker.device == "cpu":
@@ -415,6 +429,7 @@ def examine(
     trains = {"builtin", "flower"} & set(config.allow.local_steps)
     found.append(check_data("train", config.data.train, needed=bool(trains)))
     found.append(check_data("valid", config.data.valid, needed=False))
+    found.append(check_budgets(config))
     found.extend(check_disk(node, view))
     if trains:
         found.append(ok("capability", str(site_capability(config))))

@@ -10,7 +10,17 @@ from fractions import Fraction
 import pytest
 
 from policies.privacy.accounting import account_renyi
-from policies.privacy.budget import Affordable, Budget, Spend, SpendStatus, afford, counted
+from policies.privacy.budget import (
+    Affordable,
+    Allowance,
+    Budget,
+    Spend,
+    SpendStatus,
+    afford,
+    afford_allowance,
+    counted,
+    filter_order,
+)
 from policies.privacy.events import Charge, DistributedDiscreteGaussian, SampledGaussian
 from policies.privacy.sensitivity import Relation, Unit
 from protocols.errors import CorruptStateError
@@ -157,3 +167,64 @@ def test_two_spends_of_one_attempt_are_a_contradiction():
 def test_no_budget_without_meaning(change):
     with pytest.raises(ValueError):
         replace(FIVE, **change)
+
+
+# -- what a site writes down -------------------------------------------------------------------
+
+STEP_3 = replace(STEPS, event=replace(STEPS.event, noise_multiplier=3.0))
+
+
+def allowance(epsilon: float, **changes) -> Allowance:
+    values = {"dataset": "d", "unit": Unit.DOCUMENT, "epsilon": epsilon, "delta": 1e-5}
+    return Allowance(**values | changes)
+
+
+def accepted(budget: Allowance, wanted: list[Charge]) -> list[Spend]:
+    """Ask for each in turn; what was allowed."""
+    history: list[Spend] = []
+    for number, charge in enumerate(wanted):
+        if afford_allowance(budget, history, charge, now=NOW).yes:
+            history.append(spend(number, charge=charge))
+    return history
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 8.0, 50.0])
+def test_the_filters_order_follows_from_the_budget_and_wastes_little(epsilon):
+    order = filter_order(epsilon, 1e-5)
+    assert order == filter_order(epsilon, 1e-5) == int(order)
+    assert 2 <= order <= 1024
+    log = math.log(1e5)
+    rho = (math.sqrt(log + epsilon) - math.sqrt(log)) ** 2  # what the budget is worth
+    at_order = rho * order + log / (order - 1)
+    assert epsilon <= at_order + 1e-9 < epsilon * 1.05 + 0.01
+
+
+def test_rounds_of_one_plan_are_composed_at_the_best_order_of_half_of_delta():
+    budget = allowance(2.0)
+    history = accepted(budget, [STEPS.times(100)] * 60)
+    charges = [s.charge for s in history]
+    assert 0 < len(history) < 60
+    assert account_renyi(charges, delta=0.5e-5).epsilon <= 2.0
+    assert account_renyi([*charges, STEPS.times(100)], delta=0.5e-5).epsilon > 2.0
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_plans_of_other_terms_are_held_to_the_filter(first):
+    """What was allowed stays within the budget by the one order that was fixed beforehand."""
+    budget = allowance(4.0)
+    mixed = [(STEPS, STEP_3)[(i + first) % 2].times(100) for i in range(120)]
+    history = accepted(budget, mixed)
+    charges = [s.charge for s in history]
+    assert len({c.event for c in charges}) == 2
+    orders = budget.adaptive.orders
+    assert len(orders) == 1
+    assert account_renyi(charges, delta=0.5e-5, orders=orders).epsilon <= 4.0
+    assert budget.spent(history).order == orders[0]
+    # The oracle can convict: all that was asked for is too much at any order.
+    assert account_renyi(mixed, delta=0.5e-5, orders=orders).epsilon > 4.0
+
+
+def test_many_equal_charges_cost_what_one_large_one_does():
+    one = account_renyi([STEPS.times(5000)], delta=1e-5).epsilon
+    many = account_renyi([STEPS] * 5000, delta=1e-5).epsilon
+    assert many == pytest.approx(one, rel=1e-12)

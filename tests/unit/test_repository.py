@@ -214,6 +214,23 @@ def test_the_example_plan_is_a_plan():
     assert Plan.from_value(written).total_rounds == 3
 
 
+def test_the_private_example_is_a_plan_that_a_usual_budget_of_its_delta_affords():
+    from infra.runs.plan_file import complete_secure_sum
+    from policies.privacy.accounting import account_renyi
+    from policies.privacy.claim import claim_of
+    from protocols.plan import Plan
+
+    written = tomllib.loads(read("docs/plan.private.example.toml"))
+    written["federation"] = "andes"
+    written["model"] |= {"manifest": "0" * 64, "initial": "0" * 64}
+    keys = {name: f"{number:064x}" for number, name in enumerate(written["roster"])}
+    complete_secure_sum(written, keys)
+    plan = Plan.from_value(written)
+
+    spent = account_renyi([claim_of(plan, 0, 26_912).charge().times(plan.rounds)], delta=1e-3)
+    assert spent.epsilon < 8
+
+
 def test_a_command_that_does_not_exist_is_found():
     """The oracle above can fail."""
     assert resolve("minga nonsense --dir x") == ["nonsense"]
