@@ -49,6 +49,7 @@ lint: venv
 	.venv/bin/lint-imports
 	.venv/bin/python protocols/proto/generate.py --check
 	.venv/bin/python protocols/vectors/regenerate.py --check
+	.venv/bin/minga governance check
 
 fmt: venv
 	.venv/bin/ruff check --fix-only .

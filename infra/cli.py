@@ -62,6 +62,11 @@ GROUPS: Final[Mapping[str, LazyGroup]] = {
     "audit": LazyGroup(
         module="infra.audit.cli", help="Copy, verify and report the round log.", extra="privacy"
     ),
+    "governance": LazyGroup(
+        module="infra.governance.cli",
+        help="Compare the charter with what is signed.",
+        extra="coordinator",
+    ),
 }
 
 

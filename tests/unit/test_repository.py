@@ -274,62 +274,6 @@ def test_a_heading_that_is_no_changelog_heading_is_refused(line):
         changelog_versions(f"# Changelog\n\n{line}\n")
 
 
-# -- governance ----------------------------------------------------------------------------------
-
-CHAPTERS = [
-    "Purpose", "Members", "Bodies", "Decisions", "Keys and ceremonies", "Rounds",
-    "Privacy budgets", "Data", "Models", "Log and witnesses", "Audit", "Emergency and overrides",
-    "Incidents", "Resources", "Conflict of interest", "Disputes", "Amendments", "Language",
-]  # fmt: skip
-MEANS = re.compile(r"(test|code):(\S+)|human \([^)]+\)|nothing yet \([^)]+\)")
-
-
-def clauses() -> dict[str, list[str]]:
-    """Each clause of GOVERNANCE.md with what it says enforces it, one string a means."""
-    found: dict[str, list[str]] = {}
-    for block in re.split(r"^(?=#{2,3} )", read("GOVERNANCE.md"), flags=re.MULTILINE):
-        if heading := re.match(r"### (GOV-[A-Z]{3}-\d\d) .+\{#(\S+)\}\n", block):
-            assert heading[1] == heading[2]
-            assert heading[1] not in found
-            said = re.findall(r"^> enforced-by: (.+)$", block, flags=re.MULTILINE)
-            assert len(said) == 1, f"{heading[1]} must say once what enforces it"
-            found[heading[1]] = said[0].split("; ")
-    return found
-
-
-def test_the_charter_has_its_chapters_in_order():
-    chapters = re.findall(r"^## (\d+)\. (.+)$", read("GOVERNANCE.md"), flags=re.MULTILINE)
-
-    assert chapters == [(str(n), name) for n, name in enumerate(CHAPTERS, 1)]
-
-
-def test_every_clause_of_the_charter_says_truly_what_enforces_it():
-    """A cited file exists, a cited test is defined in it; otherwise a person, or nothing yet."""
-    assert len(clauses()) >= len(CHAPTERS)
-    for clause, means in clauses().items():
-        for mean in means:
-            found = MEANS.fullmatch(mean)
-            assert found, f"{clause}: {mean!r} is no known means"
-            if found[1]:
-                path, _, name = found[2].partition("::")
-                assert (ROOT / path).exists(), f"{clause}: {path} does not exist"
-                if name:
-                    assert f"def {name}(" in read(path), f"{clause}: no {name} in {path}"
-                else:
-                    assert found[1] == "code", f"{clause}: a test is cited as file::name"
-
-
-def test_the_charters_own_count_is_right():
-    """The page says how many clauses a machine holds; it may not flatter itself."""
-    machine = sum(any(m.startswith(("test:", "code:")) for m in ms) for ms in clauses().values())
-    nothing = sum(any(m.startswith("nothing") for m in ms) for ms in clauses().values())
-    page = " ".join(read("GOVERNANCE.md").split())
-    said = re.search(r"(\d+) of (\d+) clauses [^.]*?; (\d+) rest [^.]*? on nothing yet\.", page)
-
-    assert said is not None
-    assert [int(n) for n in said.groups()] == [machine, len(clauses()), nothing]
-
-
 # -- what no file may hold -----------------------------------------------------------------------
 
 # Written in pieces, so that this file does not hold what it looks for.

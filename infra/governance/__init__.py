@@ -1,0 +1,1 @@
+"""`minga governance`: the charter against what is signed."""
