@@ -83,10 +83,11 @@ def check_site(plan: Plan, config: NodeConfig, facts: SiteFacts) -> Refusal | No
             f"this site does not allow the Flower app {step.app}: config.toml [allow] flower_apps",
         )
     folder = config.worker.base_model
-    if plan.model.base is not None and (folder is None or not Path(folder).is_dir()):
+    trains = step.kind == "builtin" and plan.model.base is not None
+    if trains and (folder is None or not Path(folder).is_dir()):
         return Refusal(
             "site.base_model",
-            f"the plan trains base model {plan.model.base[:12]}…, and there is no folder for it:"
+            f"the plan trains base model {plan.model.base}, and there is no folder for it:"
             " config.toml [worker] base_model",
         )
     if step.kind != "synthetic" and facts.train is not None:

@@ -39,6 +39,7 @@ from node_agent.site import site_capability, slurm_launcher
 from node_agent.site_policy import load_site_rules
 from node_agent.spool import Spool
 from node_agent.view import View, read_view
+from node_agent.model_folder import FolderError, open_folder
 from node_agent.worker.data import DataError, index_corpus
 from protocols.crypto.identity import Identity, identity_of_certificate
 from protocols.errors import (
@@ -177,6 +178,26 @@ def check_budgets(config: NodeConfig) -> Finding:
         )
     told = ", ".join(f"epsilon {b.epsilon:g} at delta {b.delta:g} by {b.unit.value}" for b in mine)
     return ok("privacy", f"data set {config.data.dataset} may lose {told}")
+
+
+def check_base_model(config: NodeConfig) -> Finding | None:
+    """Whether the base model's folder can be used; its digest is checked against each plan.
+
+    None: the site has none, and plans that name one are declined.
+    """
+    if config.worker.base_model is None:
+        return None
+    try:
+        folder = open_folder(Path(config.worker.base_model))
+        size = sum(file.stat().st_size for file in folder.files) / 2**30
+    except (FolderError, OSError) as error:
+        return Finding(
+            what="base model",
+            level="refused",
+            sentence=str(error),
+            mend="correct config.toml [worker] base_model, or take it out",
+        )
+    return ok("base model", f"{len(folder.files)} files, {size:.1f} GiB, in {folder.root}")
 
 
 def check_devices(config: NodeConfig, probe: Callable[[], dict[str, Any]]) -> Finding:
@@ -430,6 +451,8 @@ def examine(
     found.append(check_data("train", config.data.train, needed=bool(trains)))
     found.append(check_data("valid", config.data.valid, needed=False))
     found.append(check_budgets(config))
+    if (base := check_base_model(config)) is not None:
+        found.append(base)
     found.extend(check_disk(node, view))
     if trains:
         found.append(ok("capability", str(site_capability(config))))

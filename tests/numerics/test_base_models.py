@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +23,13 @@ from node_agent.worker.init_model import main as init_main
 from node_agent.worker.private_path import WAYS
 from node_agent.worker.records import Records
 from node_agent.worker.tokens import FolderEncoder
+from protocols.plan_model import FACTOR_A, FACTOR_B
+from protocols.round_vector import round_layout
+from tests.numerics.test_identities import federate
 from tests.support.base_model import LORA, TARGETS, ask, base_site, make_base
 from tests.support.private_worker import clip, counted_bytes, samples_of, tokens_of, without_noise
 from tests.support.training import Worker, make_site
+from tests.support.worker import write_text
 
 torch.set_num_threads(1)
 
@@ -192,6 +197,60 @@ def test_adapters_train_as_peft_trains_them(tmp_path, factors):
         put(model, site, after)
         after.astype("<f4").tofile(site.root / "theta.f32")
     text.close()
+
+
+def test_rolora_is_exact_in_each_round(tmp_path):
+    """Two sites, two rounds through integers and outer step: the mean of the sites' own products.
+
+    In the first round B moves and A rests, in the second the other way round. With both factors
+    averaged at once, as FedIT does, the same comparison fails.
+    """
+    step = {"optimizer": "sgd", "lr": 2.0, "max_steps": 4}
+    evaluation = {"languages": []}
+    lora = LORA | {"factors": "rolora"}
+    sites = [
+        base_site(tmp_path / name, lora=lora, local_step=step, evaluation=evaluation)
+        for name in ("a", "b")
+    ]
+    write_text(Path(sites[1].data.train[0]), documents=40, seed=9)
+    tensors = {spec.name: spec.shape for spec in sites[0].manifest.tensors}
+
+    def product(theta: np.ndarray, name: str) -> np.ndarray:
+        found = []
+        for factor in (FACTOR_B, FACTOR_A):
+            segment = sites[0].manifest.segment(name.replace(FACTOR_B, factor))
+            piece = theta[segment.start : segment.stop]
+            found.append(piece.reshape(tensors[name.replace(FACTOR_B, factor)]).astype(float))
+        return found[0] @ found[1]
+
+    def off(theta: np.ndarray, own: list[np.ndarray]) -> float:
+        names = [name for name in tensors if FACTOR_B in name]
+        return max(
+            np.abs(product(theta, name) - np.mean([product(o, name) for o in own], axis=0)).max()
+            for name in names
+        )
+
+    for number, (moves, rests) in enumerate([(FACTOR_B, FACTOR_A), (FACTOR_A, FACTOR_B)]):
+        before, own, deltas = sites[0].theta, [], []
+        layout = round_layout(sites[0].plan, number, sites[0].manifest)
+        for site in sites:
+            deltas.append(done(site, ask(site, number)))
+            theta, at = before.copy(), 0
+            for segment in layout.segments:
+                theta[segment.start : segment.stop] += deltas[-1][at : at + segment.coordinates]
+                at += segment.coordinates
+            own.append(theta)
+        after, unit = federate(sites[0], deltas, layout)
+        for name in tensors:
+            segment = sites[0].manifest.segment(name)
+            moved = before[segment.start : segment.stop] != after[segment.start : segment.stop]
+            assert not moved.any() if rests in name else moved.any()
+            assert (moves in name) != (rests in name)
+        assert off(after, own) < 40 * unit
+        for site in sites:
+            after.tofile(site.root / "theta.f32")
+    both = [after + np.random.default_rng(n).normal(size=after.size) * 0.05 for n in range(2)]
+    assert off(np.mean(both, axis=0), both) > 1000 * unit
 
 
 @pytest.mark.parametrize("tied", [False, True])

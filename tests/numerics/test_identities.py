@@ -38,9 +38,11 @@ def train(tmp_path, name: str, *, text_seed: int, **local: object) -> tuple[Site
     return site, site.delta(job)
 
 
-def federate(site: Site, deltas: list[np.ndarray]) -> tuple[np.ndarray, float]:
+def federate(
+    site: Site, deltas: list[np.ndarray], layout: VectorLayout | None = None
+) -> tuple[np.ndarray, float]:
     """The next model by the coordinator's own path, and the ring's step."""
-    layout = VectorLayout.of(site.manifest, "all", metric_names(()))
+    layout = layout or VectorLayout.of(site.manifest, "all", metric_names(()))
     scales = initial_scales(site.manifest, RULE, RING, len(deltas))
     vectors = []
     for number, delta in enumerate(deltas):

@@ -20,6 +20,7 @@ from node_agent.config import (
     render_config,
 )
 from node_agent.consent import SiteFacts, check_disk, check_site, disk_needed, text_trouble
+from node_agent.doctor import check_base_model
 from node_agent.enrol import renewal_due
 from node_agent.keys import KeyStore
 from node_agent.lock import FolderLock, lock_holder
@@ -406,3 +407,15 @@ def test_a_round_past_the_plans_end_is_refused():
 
 def test_the_first_model_is_pinned():
     assert the_plan().model.initial == FIRST.model_root
+
+
+def test_the_doctor_looks_at_the_base_model(tmp_path):
+    def found(path):
+        return check_base_model(node_config(worker=WorkerConfig(base_model=str(path))))
+
+    assert check_base_model(node_config()) is None
+    assert "cannot be read" in found(tmp_path / "nowhere").sentence
+    (tmp_path / "config.json").write_text("{}")
+    assert (found(tmp_path).level, "safetensors" in found(tmp_path).sentence) == ("refused", True)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert found(tmp_path).level == "ok"
