@@ -34,12 +34,12 @@ from node_agent.launchers.slurm_commands import Slurm, SlurmBusyError, SlurmErro
 from node_agent.launchers.slurm_rules import waits_line
 from node_agent.launchers.slurm_script import job_name
 from node_agent.lock import lock_holder
+from node_agent.model_folder import FolderError, open_folder
 from node_agent.models import Models
 from node_agent.site import site_capability, slurm_launcher
 from node_agent.site_policy import load_site_rules
 from node_agent.spool import Spool
 from node_agent.view import View, read_view
-from node_agent.model_folder import FolderError, open_folder
 from node_agent.worker.data import DataError, index_corpus
 from protocols.crypto.identity import Identity, identity_of_certificate
 from protocols.errors import (

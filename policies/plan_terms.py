@@ -264,7 +264,7 @@ def _base(plan: Plan, terms: Terms, policy: ConsortiumPolicy) -> Iterator[Why]:
         yield Why("join.base", f"the policy lists no base model {terms.base.id}")
     elif base.digest != f"sha256:{terms.base.digest}":
         yield Why("join.base", f"base model {base.id} has another digest in the policy")
-    if terms.base.digest != plan.model.initial:
+    if terms.base.digest != plan.model.listed:
         yield Why("join.base", f"the run does not start from {terms.base.id}")
 
 

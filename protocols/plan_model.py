@@ -62,6 +62,11 @@ class Model(Part):
     base: DigestText | None = None  # of the folder; exactly for family huggingface
     lora: Lora | None = None
 
+    @property
+    def listed(self) -> str:
+        """What a policy lists: the folder of frozen weights under adapters, else the snapshot."""
+        return self.base if self.base is not None and self.lora is not None else self.initial
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.family == "huggingface") != (self.base is not None):

@@ -206,7 +206,8 @@ def complete_plan(
         )
     part["initial"] = snapshot.model_root
     if policy is not None and isinstance(terms, dict | None):
-        terms = terms_value(policy, initial=snapshot.model_root, written=terms or {}, code=code)
+        begins = Plan.from_value(fields).model.listed
+        terms = terms_value(policy, initial=Digest(begins), written=terms or {}, code=code)
     fields["terms"] = terms
     return Submission(plan=Plan.from_value(fields), snapshot=snapshot, scales=scales)
 

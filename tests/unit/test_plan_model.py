@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from infra.runs.plan_file import complete_adapters
+from infra.runs.plan_file import complete_adapters, complete_plan, read_initial_model
 from protocols.errors import MalformedMessageError
+from protocols.identifiers import FederationId
 from protocols.plan import Plan
 from protocols.tensors.manifest import Manifest, TensorSpec
 from tests.support.plans import plan_value
@@ -88,3 +89,29 @@ def test_what_a_person_need_not_type(mode, factors):
     plain = {"mode": mode}
     complete_adapters(plain, {}, manifest)
     assert plain == {"mode": mode}
+
+
+def test_a_policy_lists_the_folder_under_adapters_and_else_the_snapshot():
+    """The whole weights of a run are pinned by its snapshot, whatever folder they came from."""
+    assert Plan.from_value(value({})).model.listed == "3" * 64
+    assert Plan.from_value(value(trainable=None)).model.listed == "2" * 64
+
+
+def test_a_plan_is_completed_from_a_snapshot_of_adapters(tmp_path):
+    manifest = Manifest(tuple(TensorSpec(name, (2, 3)) for name in NAMES))
+    (tmp_path / "manifest.json").write_bytes(manifest.to_bytes())
+    (tmp_path / "theta.f32").write_bytes(bytes(4 * manifest.coordinates))
+    model = {"family": "huggingface", "base": "3" * 64}
+    model["lora"] = {name: LORA[name] for name in ("rank", "alpha", "targets")}
+    written = {
+        "run": "r1",
+        "roster": ["a", "b"],
+        "min_participants": 2,
+        "rounds": 2,
+        "model": model,
+    }
+    plan = complete_plan(written, read_initial_model(tmp_path), FederationId("demo")).plan
+
+    assert plan.model.lora.factors == "rolora"
+    assert (plan.selection_in(0), plan.selection_in(1)) == (B, A)
+    assert "factors" not in model["lora"]  # what was written is not changed
