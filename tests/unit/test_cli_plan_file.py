@@ -178,6 +178,7 @@ def test_a_dry_run_prints_the_digest_and_asks_nobody(plan, snapshot, federation,
     facts = json.loads(capsys.readouterr().out)
     made = complete_plan(read_plan_file(plan), read_initial_model(snapshot), ANDES)
     assert status == 0
+    assert facts.pop("outlook")["plan_digest"] == made.plan.digest
     assert facts == {
         "run": "andes-7",
         "plan_digest": made.plan.digest,
