@@ -49,7 +49,7 @@ from node_agent.launchers.jobs import Launcher
 from node_agent.log_store import OwnLeaf
 from node_agent.plan_check import check_plan
 from node_agent.records import ConfirmRecord, RoundRecord, UploadRecord
-from node_agent.resources import as_message, claim_of, read_claim
+from node_agent.resources import as_leaf, as_message, claim_of, read_claim
 from node_agent.rules import Refusal
 from node_agent.secure import SecureSum, dither_seed
 from node_agent.site import Site
@@ -544,6 +544,7 @@ class Actor:
         ctx = deals = None
         if plan.secagg is not None:
             ctx, deals = await self.secure.committed(round_, attempt)
+        spent = read_claim(await asyncio.to_thread(self.site.journal.said_ready_with, round_))
         said = UpdateCommit(
             attempt=attempt,
             node=self.site.node,
@@ -553,6 +554,7 @@ class Actor:
             bytes=header.size,
             privacy=await asyncio.to_thread(self._claim, round_, plan),
             datasets=(DatasetUsed(id=self.site.config.data.dataset),),
+            resources=as_leaf(spent, self.site.config.resources, size=header.size),
         )
         return await log.leaf(plan, round_, said, f"commit {attempt}")
 
