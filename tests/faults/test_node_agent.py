@@ -8,14 +8,18 @@ happened by the worker's list of starts, or by the journal.
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +140,16 @@ def bench(federation: Running) -> Bench:
     return Bench(federation)
 
 
+def logged(federation: Running, run: RunId, kind: str) -> list[dict[str, Any]]:
+    """Predicates of a run's leaves in the round log, oldest first."""
+    path = federation.folder / "coordinator" / "ledger.sqlite"
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as ledger:
+        query = 'select entry from log_leaf where run_id = ? and kind = ? order by "index"'
+        rows = ledger.execute(query, (run, kind)).fetchall()
+    payloads = [base64.b64decode(json.loads(entry)["payload"]) for (entry,) in rows]
+    return [json.loads(payload)["predicate"] for payload in payloads]
+
+
 def confirmed(report: RunReport) -> bool:
     return report.ended and all(
         line.confirmed for round_ in report.released for line in round_.traffic
@@ -155,6 +169,9 @@ def test_a_run_with_a_resident_worker(bench):
     for round_ in report.released:  # what it cost: named, and in the sum
         assert round_.used[NODE].gpu_ms == 3000
         assert (round_.metrics["gpu_ms"], round_.metrics["reporting"]) == (3000, 1)
+    costs = [leaf["resources"] for leaf in logged(bench.federation, run, "update.commit")]
+    assert [(cost["gpu_seconds"], cost["source"]) for cost in costs] == [(3, "none")] * 3
+    assert all(cost["bytes"] > 5_000 for cost in costs)
     bench.until(run, lambda _: True)  # it may have been stopped before it had tidied up
     assert list((bench.spool.root / "out").iterdir()) == []  # nothing is left of what is over
     assert list(bench.folder.uploads.iterdir()) == []
