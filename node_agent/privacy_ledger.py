@@ -258,15 +258,20 @@ class PrivacyLedger:
 
     def record(self, round_: RoundId) -> SpendRecord | None:
         """What the ledger knows of a round."""
-        return next((row for row in self.records() if row.round == round_), None)
+        query = sa.select(_spends).where(
+            _spends.c.run == round_.run, _spends.c.number == round_.number
+        )
+        with self._errors(), self._engine.connect() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else _record(row)
 
     def open_rounds(self, run: RunId) -> tuple[RoundId, ...]:
-        """Rounds of a run that are reserved and not settled."""
-        return tuple(
-            row.round
-            for row in self.records()
-            if row.round.run == run and row.status is SpendStatus.RESERVED
+        """Rounds of a run that are reserved and not settled; looked at in every turn."""
+        query = sa.select(_spends.c.number).where(
+            _spends.c.run == run, _spends.c.status == SpendStatus.RESERVED.value
         )
+        with self._errors(), self._engine.connect() as connection:
+            return tuple(RoundId(run, n) for n in sorted(connection.scalars(query)))
 
     # -- inside ----------------------------------------------------------------------------------
 
