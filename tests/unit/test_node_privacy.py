@@ -300,3 +300,76 @@ def test_status_says_what_is_spent_and_how_many_rounds_the_rest_buys(tmp_path):
     assert poor[0]["runs"][0]["more_rounds"] == 0
     none = privacy_facts(node, replace(config(), privacy=PrivacyConfig()), datetime.now(UTC))
     assert privacy_lines(none) == ["privacy of data set default: no budget is set"]
+
+
+# -- in the agent's hands --------------------------------------------------------------------------
+
+
+class Sum:
+    """A secure sum that only notes what the ledger says when it is asked to go on."""
+
+    def __init__(self, ledger):
+        self.ledger, self.steps = ledger, []
+
+    def _note(self, step, round_):
+        record = self.ledger.record(round_)
+        self.steps.append((step, record.status.value if record else None))
+
+    async def commit(self, round_, _number):
+        self._note("commit", round_)
+
+    async def reveal(self, round_, _number):
+        self._note("reveal", round_)
+
+
+def hands(guard, plan):
+    """The agent's hands on a round that its journal joined."""
+    from types import SimpleNamespace
+
+    from node_agent.acting import Actor
+
+    guard.journal.add_run(plan)
+    guard.journal.add_decision(ROUND, index=0, start_root=plan.model.initial, refusal=None)
+    secure = Sum(guard.ledger)
+    actor = Actor(
+        site=SimpleNamespace(privacy=guard, journal=guard.journal),
+        run_seen=lambda _: None,
+        seen=lambda _: None,
+        clock_offset=timedelta,
+        refuse=lambda *_: None,
+        wake=lambda: None,
+        secure=secure,
+    )
+    return actor, secure
+
+
+def step(actor, kind):
+    import asyncio
+
+    from node_agent.decide import SecureStep
+
+    asyncio.run(actor.perform(SecureStep(ROUND, 1, kind)))
+
+
+def test_a_release_is_recorded_before_a_share_is_revealed(guard):
+    guard.reserve(PLAN, ROUND, 0, D)
+    actor, secure = hands(guard, PLAN)
+    step(actor, "commit")
+    step(actor, "reveal")
+    step(actor, "reveal")  # the answer was lost: said again
+    assert secure.steps == [("commit", "reserved"), ("reveal", "released"), ("reveal", "released")]
+
+
+@pytest.mark.parametrize("kind", ["commit", "reveal"])
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_node_neither_commits_nor_reveals_without_a_reservation(guard, kind, given_up):
+    """A coordinator that shows the round as going on after the node wrote it off gets nothing."""
+    plan = private_plan("record-local", NO_STATE)
+    actor, secure = hands(guard, plan)
+    if given_up:
+        guard.ledger.reserve(ROUND, claim_of(plan, 0, D), allowance(8.0))
+        guard.over(plan, ROUND, in_sum=False)
+    with pytest.raises(PlanRefusedError) as refused:
+        step(actor, kind)
+    assert refused.value.rule == "privacy.not_reserved"
+    assert secure.steps == []
