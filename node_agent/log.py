@@ -355,7 +355,7 @@ def open_node_log(
     except (OSError, MalformedMessageError) as error:
         raise ConfigurationError(f"{paths.vkey}: {error}") from None
     store = LogStore(paths.store)
-    verifier = LogVerifier(store, vkey, now=now_unix, pinned=read_policy(paths.policy))
+    verifier = LogVerifier(store, vkey, now=now_unix, pinned=read_policy(paths.policy), node=node)
     witness = None
     if paths.witness.exists():
         logs = {vkey.name: KeyRing.of([vkey])}

@@ -13,13 +13,13 @@ have the old one cosign the checkpoint that brings them. At first contact the lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from node_agent.log_store import LogStore
 from policies.audit.gate import Known, Stops
-from policies.audit.replay import LeafRefusedError, Replay, witness_policy
+from policies.audit.replay import LeafRefusedError, Replay, Taken, witness_policy
 from protocols.crypto.signatures import BadSignatureError
 from protocols.errors import (
     ConfigurationError,
@@ -28,8 +28,9 @@ from protocols.errors import (
     IntegrityError,
     MalformedMessageError,
 )
-from protocols.identifiers import RoundId
+from protocols.identifiers import NodeId, RoundId
 from protocols.tlog.cosignature import open_checkpoint
+from protocols.tlog.kinds import CertIssued
 from protocols.tlog.leaf import BrokenChainError, Seen
 from protocols.tlog.merkle import EMPTY_ROOT, leaf_hash
 from protocols.tlog.note import KeyRing, VerifierKey
@@ -61,6 +62,7 @@ class _Trial:
     first: int
     replay: Replay
     entries: list[bytes]
+    issued: list[Taken] = field(default_factory=list)  # certificates among them
 
 
 class LogVerifier:
@@ -71,6 +73,7 @@ class LogVerifier:
         log: the log's key, from the enrolment.
         now: Unix seconds.
         pinned: the site's own trust policy.
+        node: whose certificates are watched; None: nobody's.
     """
 
     def __init__(
@@ -80,7 +83,9 @@ class LogVerifier:
         *,
         now: Callable[[], int],
         pinned: TrustPolicy | None = None,
+        node: NodeId | None = None,
     ) -> None:
+        self._node = node
         self._store = store
         self._log = log
         self._now = now
@@ -180,8 +185,10 @@ class LogVerifier:
             if first != trial.replay.size:
                 raise MalformedMessageError(f"leaf {first} came where {trial.replay.size} is due")
             for entry in entries:
-                trial.replay.take(entry)
+                taken = trial.replay.take(entry)
                 trial.entries.append(entry)
+                if isinstance(taken.said, CertIssued):
+                    trial.issued.append(taken)
             if not checkpoint:
                 self._trial = trial
                 return False
@@ -191,9 +198,10 @@ class LogVerifier:
             self._suspect(error, entries, checkpoint)
             raise
         mine = self._store.own_hashes()
-        from_us = [taken for taken in _hashes(trial.entries) if taken in mine]
+        from_us = [found for found in _hashes(trial.entries) if found in mine]
         self._store.accept(trial.first, trial.entries, trial.replay.size, checkpoint, from_us)
         self._replay, self._accepted, self._trial = trial.replay, accepted, None
+        self._watch(trial.issued, mine, checkpoint)
         # From here on, whoever the log names now must vouch for what comes next.
         self._policy = self._policy_of(self._replay) if self._pinned is None else policy
         return True
@@ -226,6 +234,28 @@ class LogVerifier:
         auditors = replay.genesis.witnesses if replay.genesis else ()
         keys = [VerifierKey.parse(vkey) for vkey in auditors]
         return witness_policy(self._log, replay.witnesses, keys)
+
+    def _watch(self, issued: Sequence[Taken], mine: Collection[str], checkpoint: bytes) -> None:
+        """Raise an alarm on a certificate for this node that it did not ask for.
+
+        Whoever holds the authority's key could be this node for the others; the log shows it.
+        Certificates from before this node's first own request are not its business: an earlier
+        folder of the same institution may have asked for them.
+        """
+        own = [seen.index for leaf, seen in self._replay.requests.items() if leaf in mine]
+        for taken in issued:
+            said = taken.said
+            if not isinstance(said, CertIssued) or self._node is None or not own:
+                continue
+            ours = said.uri.endswith(f"/inst/{self._node}/node/1")
+            if ours and taken.index > min(own) and said.request not in mine:
+                why = (
+                    f"leaf {taken.index} certifies a key for {self._node} that this node did not "
+                    "ask for: somebody may be speaking in its name"
+                )
+                logger.error("%s", why)
+                evidence = len(taken.leaf.entry).to_bytes(4, "big") + taken.leaf.entry + checkpoint
+                self._store.raise_alarm("log.certificate", why, evidence, self._now())
 
     def _suspect(self, error: FederationError, entries: Sequence[bytes], checkpoint: bytes) -> None:
         """Raise an alarm where the log itself signed what does not hold."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from random import Random
 from typing import Final
 
@@ -39,7 +40,7 @@ from node_agent.privacy_ledger import PrivacyLedger
 from node_agent.spool import Spool
 from node_agent.trust import Trust
 from protocols.errors import ConfigurationError
-from protocols.identifiers import NodeId
+from protocols.identifiers import Digest, NodeId
 
 _PATIENT: Final = ("--lock-wait-s", "120")  # the worker of the allocation before may be leaving
 
@@ -135,7 +136,11 @@ def slurm_launcher(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Sl
 
 
 def open_trust(
-    folder: NodeFolder, config: NodeConfig, connection: Connection, journal: Journal
+    folder: NodeFolder,
+    config: NodeConfig,
+    connection: Connection,
+    journal: Journal,
+    log: NodeLog | None,
 ) -> Trust | None:
     """What the admins signed, as this node verifies it; None: the site does not ask for it.
 
@@ -159,10 +164,16 @@ def open_trust(
         connection=connection,
         now=utc_now,
         monotonic=time.monotonic,
+        logged=None if log is None else partial(_published, log),
         on_change=lambda changes: journal.note(
             "in force", {"reason": "; ".join(change.words for change in changes)[:2000]}
         ),
     )
+
+
+def _published(log: NodeLog, role: str, version: int) -> frozenset[Digest]:
+    """What the witnessed log has for a version of a role of the trust repository."""
+    return log.verifier.log.published.get((role, version), frozenset())
 
 
 def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
@@ -178,6 +189,15 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
     journal = Journal(folder.journal, now=utc_now)
     ledger = PrivacyLedger(folder.privacy, now=utc_now)
     connection = Connection(config.coordinator, identity, rng=rng)
+    log = open_node_log(
+        folder.root,
+        node=config.institution,
+        federation=config.federation,
+        key=signing_key,
+        connection=connection,
+        rng=rng,
+        require=config.log.require,
+    )
     return Site(
         folder=folder,
         config=config,
@@ -193,14 +213,6 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
         now=utc_now,
         monotonic=time.monotonic,
         random_bytes=os.urandom,
-        trust=open_trust(folder, config, connection, journal),
-        log=open_node_log(
-            folder.root,
-            node=config.institution,
-            federation=config.federation,
-            key=signing_key,
-            connection=connection,
-            rng=rng,
-            require=config.log.require,
-        ),
+        trust=open_trust(folder, config, connection, journal, log),
+        log=log,
     )
