@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from infra.cli import main
 from node_agent.privacy_ledger import PrivacyLedger
 from policies.privacy.budget import SpendStatus
 from policies.privacy.terms import noise_terms
@@ -152,6 +153,27 @@ def test_a_site_without_a_budget_declines_and_one_that_gives_it_takes_part(feder
     assert 2 / 3 < noise.std() / (terms.share_sigma * np.sqrt(3) / 3) < 3 / 2
     assert spends(federation, "node-3", run) == [SpendStatus.RELEASED]
     assert home.joinpath("privacy.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_planner_answers_from_the_ledger(federation, tmp_path, capsys):
+    """The run of the test before, once more: what it would come to, and by whose account."""
+    plan = plan_of(federation, "node-1", RunId("whole"))
+    (tmp_path / "plan.json").write_bytes(plan.to_bytes())
+    start = federation.folder / "start" / "whole"
+    arguments = ["--snapshot", str(start), "--dir", str(federation.folder)]
+    for command in (["plan"], ["submit", "--dry-run"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["run", *command, str(tmp_path / "plan.json"), "--json", *arguments])
+        assert not ended.value.code
+        said = json.loads(capsys.readouterr().out)
+        facts = said.get("outlook", said)
+        assert [site["node"] for site in facts["sites"]] == list(plan.roster)
+        assert all(float(site["after"]) > float(site["before"]) > 4 for site in facts["sites"])
+        assert facts["noise"]["shares"] == 2
+        assert set(facts["traffic"]["seconds_per_round"]) == {"100 Mb/s", "1 Gb/s"}
+    with pytest.raises(SystemExit):
+        main(["run", "plan", str(tmp_path / "plan.json"), *arguments])
+    assert "not known here: each site's own budget" in capsys.readouterr().out
 
 
 def test_an_exhausted_budget_declines_whatever_the_coordinator_says(federation):

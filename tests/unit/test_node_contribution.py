@@ -358,3 +358,32 @@ def test_only_the_models_asked_for_are_kept(tmp_path, held):
     )
     with pytest.raises(NotFoundError):
         models.open(RUN, start.snapshot.model_root)
+
+
+@pytest.mark.parametrize(
+    ("mode", "said", "steps", "good"),
+    [
+        ("record-local", "added", 10, True),
+        ("record-local", "later", 10, False),  # its noise would be missing
+        ("record-local", "added", 9, False),  # fewer than are charged
+        ("record-local", None, 10, False),  # a worker that does not know of privacy
+        ("record-distributed", "later", 1, True),
+        ("record-distributed", "added", 1, False),
+        ("record-distributed", None, 1, False),
+    ],
+)
+def test_a_worker_says_that_it_did_the_private_steps(mode, said, steps, good):
+    from types import SimpleNamespace
+
+    from node_agent.contribution import check_private_work
+    from protocols.errors import WorkerError
+    from tests.support.private_plans import private_plan
+
+    result = SimpleNamespace(steps=steps, private=SimpleNamespace(noise=said) if said else None)
+    plan = private_plan(mode)
+    check_private_work(plan, plan.rounds, result)  # the round that only evaluates
+    if good:
+        check_private_work(plan, 0, result)
+    else:
+        with pytest.raises(WorkerError, match="private steps"):
+            check_private_work(plan, 0, result)
