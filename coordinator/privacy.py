@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
 from coordinator.ledger.privacy import SpendRow
 from coordinator.ledger.rows import RoundRow, RunRow
 from coordinator.ledger.tx import Tx
-from policies.privacy.budget import Allowance, SpendStatus, afford_allowance
+from policies.privacy.budget import Allowance, Spend, SpendStatus, afford_allowance
 from policies.privacy.claim import Claim
 from policies.privacy.sensitivity import Unit
 from protocols.errors import PlanRefusedError
@@ -118,30 +119,57 @@ def spend_facts(
         caps: of the federation.
         now: UTC.
     """
+    today = datetime(now.year, now.month, now.day, tzinfo=now.tzinfo)
     found = []
     for node in plan.roster_ids:
         rows = spends.get(node, [])
-        known = [row.spend for row in rows]
         mine = [r for r in rows if r.round.run == RunId(plan.run) and r.spend.counts]
         cap = cap_for(caps, node, claim)
-        ledger = cap or Allowance(
-            dataset=claim.dataset, unit=Unit(claim.unit), epsilon=1.0, delta=float(claim.delta)
+        figures = _figures(cap, claim, tuple(row.spend for row in rows), plan.rounds, today)
+        found.append(
+            admin_pb2.SpendFacts(
+                node=node,
+                dataset=claim.dataset,
+                unit=claim.unit,
+                rounds=len(mine),
+                epsilon=figures.epsilon,
+                delta=figures.delta,
+                budget=figures.budget,
+                rounds_left=figures.rounds_left,
+                why=figures.why,
+            )
         )
-        facts = admin_pb2.SpendFacts(
-            node=node,
-            dataset=claim.dataset,
-            unit=claim.unit,
-            rounds=len(mine),
-            delta=f"{ledger.delta:g}",
-        )
-        try:
-            facts.epsilon = ledger.spent(known).printed()
-            if cap is not None:
-                answer = afford_allowance(cap, known, claim.charge(), now=now, rounds=plan.rounds)
-                facts.budget = f"{cap.epsilon:g}"
-                facts.rounds_left = answer.rounds_left
-                facts.why = answer.why
-        except PlanRefusedError as error:
-            facts.why = f"{error} [{error.rule}]"
-        found.append(facts)
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    epsilon: str
+    delta: str
+    budget: str = ""
+    rounds_left: int = 0
+    why: str = ""
+
+
+@lru_cache(maxsize=1024)  # a run is looked at several times a second, and changes once a round
+def _figures(
+    cap: Allowance | None, claim: Claim, spends: tuple[Spend, ...], rounds: int, today: datetime
+) -> _Figures:
+    ledger = cap or Allowance(
+        dataset=claim.dataset, unit=Unit(claim.unit), epsilon=1.0, delta=float(claim.delta)
+    )
+    delta = f"{ledger.delta:g}"
+    try:
+        epsilon = ledger.spent(spends).printed()
+        if cap is None:
+            return _Figures(epsilon=epsilon, delta=delta)
+        answer = afford_allowance(cap, spends, claim.charge(), now=today, rounds=rounds)
+    except PlanRefusedError as error:
+        return _Figures(epsilon="", delta=delta, why=f"{error} [{error.rule}]")
+    return _Figures(
+        epsilon=epsilon,
+        delta=delta,
+        budget=f"{cap.epsilon:g}",
+        rounds_left=answer.rounds_left,
+        why=answer.why,
+    )
