@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import SystemRandom
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from cryptography import x509
 
@@ -39,6 +39,7 @@ from node_agent.models import Models
 from node_agent.site import site_capability, slurm_launcher
 from node_agent.site_policy import load_site_rules
 from node_agent.spool import Spool
+from node_agent.trust_facts import governance_line, log_line
 from node_agent.view import View, read_view
 from node_agent.worker.data import DataError, index_corpus
 from protocols.crypto.identity import Identity, identity_of_certificate
@@ -444,6 +445,11 @@ def examine(
     else:
         found.extend(check_certificate(identity, config, now()))
         view = _connection(config, identity, found, now)
+    for what, (level, sentence) in (
+        ("governance", governance_line(node, config, now())),
+        ("round log", log_line(node, config)),
+    ):
+        found.append(Finding(what=what, level=cast("Level", level), sentence=sentence))
     governed = (node.keys / "trust-root.json").exists()
     if governed or node.policy.exists() or node.rules.exists():
         found.extend(check_policy(node, config, now(), governed=governed))

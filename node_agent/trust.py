@@ -238,20 +238,11 @@ class Trust:
         """What was accepted last: in memory, or from the files kept then."""
         if self._state is not None:
             return self._state
-        mark = _read(self.folder / "accepted")
-        if mark is None:
-            return None
         try:
-            state = verify_repository(
-                _Accepted(_Cached(self.folder, None), self.folder),
-                trusted_root=self.bootstrap,
-                now=self.now(),
-                offline=True,
-            )
+            return read_accepted(self.folder, self.bootstrap, self.now())
         except FederationError as error:
             logger.warning("the files of what was in force are gone or expired: %s", error)
             return None
-        return state
 
     def _keep(self, state: TrustState) -> None:
         """Keep the very files of the accepted state: the next one is compared with them."""
@@ -416,6 +407,19 @@ class _Accepted:
 
     def target(self, path: str, sha256: str) -> bytes | None:
         return self.cached.target(path, sha256)
+
+
+def read_accepted(folder: Path, bootstrap: bytes, now: datetime) -> TrustState | None:
+    """What a node's folder says was accepted last; None: nothing yet. Reads files.
+
+    Raises:
+        TrustRefusedError: it is past its time, or the files are not what they were.
+    """
+    if not (folder / "accepted").exists():
+        return None
+    return verify_repository(
+        _Accepted(_Cached(folder, None), folder), trusted_root=bootstrap, now=now, offline=True
+    )
 
 
 def _version(data: bytes | None) -> int:

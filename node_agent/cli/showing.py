@@ -16,6 +16,7 @@ from node_agent.journal import Journal
 from node_agent.lock import lock_holder
 from node_agent.spent import privacy_facts, privacy_lines
 from node_agent.status import iso, read_status
+from node_agent.trust_facts import governance_line, log_line
 from protocols.errors import NotFoundError
 from protocols.identifiers import parse_run_id
 
@@ -60,6 +61,8 @@ def node_facts(folder: Path) -> dict[str, Any]:
         "agent_pid": holder,
         "paused": node.paused.exists(),
         "agent": read_status(node.status),
+        "governance": governance_line(node, config, datetime.now(UTC))[1],
+        "log": log_line(node, config)[1],
         "privacy": privacy_facts(node, config, datetime.now(UTC)),
         "journal": _entries(node, run=None, last=_LAST),
     }
@@ -94,6 +97,8 @@ def print_status(facts: dict[str, Any]) -> None:
                 _line(f"  declined: {run['declined']}")
             if run["stopped"]:
                 _line(f"  takes no further part: {run['stopped']}")
+    _line(f"governance: {facts['governance']}")
+    _line(f"round log: {facts['log']}")
     for text in privacy_lines(facts["privacy"]):
         _line(text)
     if facts["journal"]:

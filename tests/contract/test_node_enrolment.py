@@ -299,6 +299,10 @@ def test_doctor_is_content(site):
 
     undeclared = found.pop("site policy")  # join wrote it, and nobody has edited it
     assert undeclared.level == "warning"
+    for what in ("governance", "round log"):  # this federation has neither, and says so
+        missing = found.pop(what)
+        assert missing.level == "warning"
+        assert missing.sentence.startswith("UNSAFE")
     assert {finding.level for finding in found.values()} == {"ok"}, found
     assert exit_code(list(found.values())) == 0
     status, out = command("doctor", "--dir", site, "--no-worker", "--json")
