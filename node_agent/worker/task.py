@@ -244,6 +244,12 @@ class Task:
         finally:
             sums.close()
             records.close()
+        said = run.report()
+        self.remark(
+            f"{said.clipped} of {said.sampled} sampled records were clipped,"
+            f" {said.not_finite} left out; {said.unused_rows} sequences of long documents are not"
+            " used. This stays at the site."
+        )
         return run, remember(None)
 
     def _way(self, records: Records, wanted: Way | None) -> tuple[Way, int]:

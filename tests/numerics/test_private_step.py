@@ -378,6 +378,10 @@ def test_what_no_noise_covers_is_not_handed_to_the_agent(tmp_path):
     result = site.result(job)
     assert (result.steps, result.tokens, result.records, result.loss_nats) == (5, 0, 0, 0.0)
     said = read_status(site.spool, job.id)
-    assert [event.step for event in said if event.event == "progress"] == list(range(6))
+    steps = [event.step for event in said if event.event == "progress"]
+    assert steps == [*range(6), None]
+    (remark,) = [event.message for event in said if event.message]
+    assert f"{result.private.clipped} of {result.private.sampled} sampled" in remark
+    assert f"{result.private.unused_rows} sequences of long documents" in remark
     assert all(not event.tokens and event.loss is None for event in said)
     assert not any(event.tokens_per_s for event in said)
