@@ -106,7 +106,7 @@ class Launcher:
 
     def note_loss(self) -> None:
         """The worker is gone: every job that it may have been on counts one loss."""
-        for name in self._wanted:
+        for name in list(self._wanted):
             if self.work(name).state == "running":
                 self._lost_under[name] = self._lost_under.get(name, 0) + 1
 

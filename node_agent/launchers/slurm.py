@@ -59,8 +59,9 @@ from protocols.plan import Plan
 
 logger = logging.getLogger(__name__)
 _BEAT_S: Final = 5.0  # between two touches of the agent's mark
-_LOG_TAIL: Final = 400  # bytes of the job's output that a sentence may quote
+_LOG_TAIL: Final = 2000  # bytes of the job's output that a sentence may quote
 _LOGS_KEPT: Final = 10
+_TICK_S: Final = 0.5  # the longest that a tick waits for Slurm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ class SlurmLauncher(Launcher):
     now: Callable[[], float] = time.time  # unix seconds
     nonce: Callable[[], str] = lambda: os.urandom(5).hex()
     beat_s: float = 15.0  # of the batch script
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _step_under_way: asyncio.Task[None] | None = None
     _memory: Memory | None = None  # None: not read yet
     _seen: JobSeen | None = None
     _asked: bool = False
@@ -156,6 +157,7 @@ class SlurmLauncher(Launcher):
 
     def expect(self) -> None:
         """A round was joined: ask for the allocation now, so that the queue's wait overlaps."""
+        self._wanted_at = self.monotonic()
         self._expected_until = self.monotonic() + self.config.idle_release_s
 
     def refusal(self, plan: Plan) -> Refusal | None:
@@ -194,15 +196,25 @@ class SlurmLauncher(Launcher):
         return f"adopted Slurm job {allocation.job} ({allocation.name})"
 
     async def tick(self) -> None:
-        """Look at the allocation and take one step."""
-        async with self._turn:
-            await asyncio.to_thread(self._tick)
+        """Look at the allocation and take one step; soon back, even when Slurm does not answer.
+
+        A step that takes long goes on in its thread, one at a time: the rounds of a node must not
+        wait for a cluster's controller.
+        """
+        if self._step_under_way is None:
+            self._step_under_way = asyncio.create_task(asyncio.to_thread(self._tick))
+        done, _ = await asyncio.wait({self._step_under_way}, timeout=_TICK_S)
+        if done:
+            finished, self._step_under_way = self._step_under_way, None
+            finished.result()
 
     async def close(self) -> None:
         """The agent was told to stop: end the allocation, or leave it, as config.toml says."""
-        async with self._turn:
-            if self.config.on_stop == "cancel":
-                await asyncio.to_thread(self._stop)
+        if self._step_under_way is not None:
+            await asyncio.wait({self._step_under_way})
+            self._step_under_way = None
+        if self.config.on_stop == "cancel":
+            await asyncio.to_thread(self._stop)
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -301,7 +313,7 @@ class SlurmLauncher(Launcher):
                     waits=(*memory.waits, round(waited, 1))[-WAITS_KEPT:],
                 )
             )
-            self._life_at = self.monotonic()
+            self._life_at = self._wanted_at = self.monotonic()
             logger.info("Slurm job %d started after %s", allocation.job, span(waited))
         elif seen.state in QUEUED and allocation.started_at is not None:
             self._keep(replace(allocation, started_at=None, queued_at=self.now()))
@@ -364,7 +376,7 @@ class SlurmLauncher(Launcher):
         return waiting_line(allocation, self._seen, self.now())
 
     def _tail(self) -> str:
-        """The last line of what the job printed, after a colon."""
+        """The last line of what the job printed, Slurm's own remarks left out, after a colon."""
         allocation = self._remembered().allocation
         if allocation is None or allocation.job is None:
             return ""
@@ -375,7 +387,9 @@ class SlurmLauncher(Launcher):
                 lines = log.read().decode("utf-8", "replace").split("\n")
         except OSError:
             return ""
-        last = next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "")
+        said = [" ".join(line.split()) for line in reversed(lines) if line.strip()]
+        own = (line for line in said if not line.startswith(("srun:", "slurmstepd")))
+        last = next(own, said[0] if said else "")
         return f": {last}" if last else ""
 
     # -- acting ----------------------------------------------------------------------------------
@@ -437,10 +451,10 @@ class SlurmLauncher(Launcher):
         if ended.kind == "person":
             atomic_write(self.marks.held, ended.sentence.encode())
         self._save(replace(self._remembered(), allocation=None))
-        logger.warning("%s%s", ended.sentence, tail)
         if ended.kind in ("failed", "unknown", "never") or ended.loss:
             self._failed(ended.sentence + tail, loss=ended.loss and self._counted == 0)
         else:
+            logger.warning("%s", ended.sentence)
             self._failures = 0
         self._seen, self._asked, self._final = None, False, None
 

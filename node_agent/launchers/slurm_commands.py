@@ -21,7 +21,7 @@ from protocols.errors import MalformedMessageError
 _PASSED: Final = (
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "SLURM_CONF", "KRB5CCNAME",
 )  # fmt: skip
-_LIMIT_S: Final = 60.0
+_LIMIT_S: Final = 30.0
 _BUSY: Final = (  # the controller, not the request
     "unable to contact slurm controller",
     "socket timed out",

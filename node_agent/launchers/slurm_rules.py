@@ -145,7 +145,7 @@ def _while_unseen(f: Facts, a: Allocation) -> Answer:
 def _while_running(f: Facts, a: Allocation) -> Answer:
     if a.asked_to_end:
         return _answer("wait", f"{_called(a)} is ending: {a.asked_to_end}")
-    if f.idle_s >= f.idle_release_s and not f.wanted:
+    if f.idle_s >= f.idle_release_s and not (f.wanted or f.expected):
         return _answer("drain", f"it had nothing to do for {f.idle_s:.0f} s")
     limit = f.hangs_after_s if f.worker_ready else f.start_within_s
     if f.silent_s >= limit and not f.killed_step:

@@ -361,7 +361,7 @@ def test_a_job_under_which_the_worker_keeps_dying_is_given_up(tmp_path, idle):
     work = bench.finish(bench.job(0))
 
     assert (work.state, work.refusal.rule) == ("failed", "worker.lost")
-    assert "ended with status 7" in work.refusal.reason
+    assert "status 7: Segmentation fault in a kernel" in work.refusal.reason
     assert bench.starts() == GIVE_UP
     assert len(bench.mine()) == 1
 

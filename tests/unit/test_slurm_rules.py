@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from node_agent.launchers.slurm import Memory, read_memory
-from node_agent.launchers.slurm_commands import slurm_environment
+from node_agent.launchers.slurm import Memory, SlurmLauncher, read_memory
+from node_agent.launchers.slurm_commands import Slurm, slurm_environment
 from node_agent.launchers.slurm_config import LauncherConfig
 from node_agent.launchers.slurm_rules import (
     Allocation,
@@ -32,6 +35,7 @@ from node_agent.launchers.slurm_rules import (
     why_not_join,
 )
 from node_agent.launchers.slurm_script import job_name, write_script
+from node_agent.spool import Spool
 from protocols.errors import ConfigurationError, MalformedMessageError
 
 NEW = Allocation(nonce="ab12", name="minga-usach-ab12", intended_at=1000.0)
@@ -101,6 +105,7 @@ def facts(**changes) -> Facts:
         ({"silent_s": 300.0, "worker_ready": False}, "kill_step", "not ready after 300 s"),
         ({"idle_s": 900.0, "wanted": False}, "drain", "nothing to do for 900 s"),
         ({"idle_s": 900.0}, "wait", "serving"),
+        ({"idle_s": 900.0, "wanted": False, "expected": True}, "wait", "serving"),
         (
             {"allocation": replace(STARTED, asked_to_end="idle"), "idle_s": 1e6, "wanted": False},
             "wait",
@@ -166,6 +171,51 @@ def test_which_rounds_are_not_joined(allocation, shown, says):
     why = why_not_join(allocation, shown, now=1200.0, round_s=3600.0)
 
     assert why is None if says is None else says in why
+
+
+class Deaf(Slurm):
+    """A controller that does not answer until it is let."""
+
+    answers = threading.Event()
+    asked = 0
+
+    def queue(self):
+        Deaf.asked += 1
+        self.answers.wait(60)
+        return (seen("RUNNING"),)
+
+
+def test_a_controller_that_does_not_answer_does_not_stop_the_node(tmp_path):
+    launcher = SlurmLauncher(
+        spool=Spool(tmp_path).make(),
+        config=LauncherConfig(kind="slurm", python="/p", on_stop="keep"),
+        institution="usach",
+        worker=("w",),
+        ranks=1,
+        environment={},
+        slurm=Deaf({}),
+        start_within_s=60.0,
+        hangs_after_s=60.0,
+        rng=Random(1),
+    )
+    launcher.marks.root.mkdir()
+    launcher._save(Memory(allocation=JOB))
+
+    async def drive() -> None:
+        launcher.clear_leftovers()
+        for _ in range(3):
+            await launcher.tick()
+        assert Deaf.asked == 1  # one question at a time
+        assert "asking Slurm about" in launcher.state or launcher.state == "asleep"
+        Deaf.answers.set()
+        while "is running" not in launcher.state:
+            await launcher.tick()
+        await launcher.close()
+
+    asyncio.run(asyncio.wait_for(drive(), 60))
+    assert read_memory(launcher.marks.record).allocation.started_at is not None
+    # It was not given back at once, however long this agent has had nothing to do.
+    assert not read_memory(launcher.marks.record).allocation.asked_to_end
 
 
 # -- what Slurm says -------------------------------------------------------------------------------
