@@ -208,12 +208,13 @@ class LogVerifier:
 
     def _check(self, replay: Replay, checkpoint: bytes) -> tuple[Accepted, TrustPolicy]:
         policy = self._policy or self._policy_of(replay)
-        accepted = accept_checkpoint(policy, checkpoint, now=self._now())
-        head = accepted.opened.checkpoint
+        # First what the log alone vouches for: a wrong root under its signature is evidence.
+        head = open_checkpoint(checkpoint, KeyRing.of([self._log]), now=self._now()).checkpoint
         if (head.size, head.root) != (replay.size, replay.root):
             raise BadProofError(
                 f"the checkpoint of size {head.size} is not over the {replay.size} leaves read"
             )
+        accepted = accept_checkpoint(policy, checkpoint, now=self._now())
         return self._times(replay, accepted), policy
 
     def _times(self, replay: Replay, accepted: Accepted) -> Accepted:

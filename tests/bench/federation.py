@@ -86,12 +86,17 @@ class Federation:
             raise ChildProcessError(f"{name} ended with {done.returncode}: {said}")
         return done.stdout
 
-    def start_coordinator(self) -> subprocess.Popen[bytes]:
-        """Make the coordinator's folder and serve it."""
+    def start_coordinator(self, *, log: bool = True) -> subprocess.Popen[bytes]:
+        """Make the coordinator's folder and serve it.
+
+        Args:
+            log: whether it keeps a round log; light nodes sign nothing for one.
+        """
         address, enrolment = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self.minga(
             "coordinator", "init", "--dir", str(self.folder), "--federation", "bench",
-            "--address", address, "--enrolment", enrolment, "--ungoverned", name="coordinator init",
+            "--address", address, "--enrolment", enrolment, "--ungoverned",
+            "--log" if log else "--no-log", name="coordinator init",
         )  # fmt: skip
         self.address, self.enrolment = address, enrolment
         process = self._stage.start(

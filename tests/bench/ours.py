@@ -84,7 +84,7 @@ def _play(job: Job, *, light: bool, work: Path | None) -> Measured:
     ):
         federation = Federation(Path(folder) / "federation", stage)
         names = institutions(job.nodes)
-        watched = {"coordinator": federation.start_coordinator()}
+        watched = {"coordinator": federation.start_coordinator(log=not light)}
         start = _with_light_nodes if light else _with_agents
         nodes = start(federation, stage, names)
         federation.submit(job, names)

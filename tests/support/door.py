@@ -111,8 +111,14 @@ class Client:
 class Door:
     """A served coordinator and the means to knock."""
 
-    def __init__(self, folder: Path, *, governed: bool = False, log: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, governed: bool = False, log: bool = False, again: bool = False
+    ) -> None:
+        """Make a coordinator's folder; ``again``: it is there already, addresses and all."""
         self.folder = folder
+        if again:
+            self._read()
+            return
         self.address = f"127.0.0.1:{free_port()}"
         self.enrolment = f"127.0.0.1:{free_port()}"
         initialise(
@@ -127,7 +133,12 @@ class Door:
             governed=governed,
             log=log,
         )
-        self.config = load_config(folder / "coordinator" / "config.toml")
+        self._read()
+
+    def _read(self) -> None:
+        self.config = load_config(self.folder / "coordinator" / "config.toml")
+        self.address = self.config.address
+        self.enrolment = self.config.enrolment_address
         self.authority = CertificateAuthority.load(self.config.federation, self.config.keys)
         self.root = certificate_pem(self.authority.certificate)
         self.snapshots: dict[str, Snapshot] = {}
@@ -155,7 +166,7 @@ class Door:
                 self._servers = [main_server(self.parts), enrolment_server(self.parts)]
                 for server in self._servers:
                     await server.start()
-                drivers = log_drivers(self.parts)
+                self.drivers = log_drivers(self.parts)
             except BaseException as error:
                 self._failure = error
                 ready.set()
@@ -163,10 +174,10 @@ class Door:
             ready.set()
             self._stopping = asyncio.Event()
             await self._stopping.wait()
+            for driver in self.drivers:
+                driver.cancel()
+            await asyncio.gather(*self.drivers, return_exceptions=True)
             await asyncio.gather(*(server.stop(0.2) for server in self._servers))
-            for task in drivers:
-                task.cancel()
-            await asyncio.gather(*drivers, return_exceptions=True)
             await self.parts.ledger.close()
 
         self._thread = threading.Thread(
