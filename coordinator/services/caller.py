@@ -57,7 +57,33 @@ class Callers:
         Raises:
             NotEnrolledError, NotPermittedError.
         """
+        operator = await self._require(context, "operator")
+        self._duties(operator)
+        return operator
+
+    async def carrier(self, context: grpc.aio.ServicerContext) -> Identity:
+        """An operator who brings what admins signed: also one whom the next list has to correct.
+
+        Raises:
+            NotEnrolledError, NotPermittedError.
+        """
         return await self._require(context, "operator")
+
+    def _duties(self, operator: Identity) -> None:
+        """Who runs the machine does not also decide or audit.
+
+        Raises:
+            TrustRefusedError: trust.duties.
+        """
+        state = self.trust.state() if self.trust is not None and self.trust.founded else None
+        for person in state.admins.people if state is not None else ():
+            other = {"admin", "auditor"} & set(person.roles)
+            if person.id == operator.name and other:
+                raise TrustRefusedError(
+                    f"{operator.name} is {min(other)} of this federation: an operator is neither "
+                    "admin nor auditor",
+                    rule="trust.duties",
+                )
 
     async def any(self, context: grpc.aio.ServicerContext) -> Identity:
         """A node or an operator.

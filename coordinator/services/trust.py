@@ -41,7 +41,7 @@ class TrustService(trust_pb2_grpc.TrustServicer):
         self, request: trust_pb2.PublishTrustRequest, context: Context
     ) -> trust_pb2.PublishTrustResponse:
         """Put into force what the admins signed."""
-        await self._callers.operator(context)
+        await self._callers.carrier(context)
         if not request.files:
             raise MalformedMessageError("there is nothing to publish")
         changes = await self._trust.publish(dict(request.files))

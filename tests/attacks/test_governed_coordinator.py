@@ -16,16 +16,18 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from coordinator.ca import new_tls_key
 from infra.admin.proposals import (
+    admitted,
     propose_emergency,
     propose_founding,
     propose_members,
     propose_plan,
     propose_policy,
     propose_rotation,
+    with_keys,
     with_status,
 )
 from policies.trust import POLICY_DOCUMENT
-from protocols.crypto.identity import Identity
+from protocols.crypto.identity import Identity, spki_digest
 from protocols.crypto.signatures import Context, sign
 from protocols.enrolment import Invitation, enrolment_proof_body
 from protocols.gen import admin_pb2, enrolment_pb2, trust_pb2
@@ -34,7 +36,7 @@ from protocols.governance.documents import Denials
 from protocols.identifiers import NodeId
 from tests.contract.test_door import Upload, ping, refused
 from tests.support.door import Credentials, served
-from tests.support.trust import World, card, private
+from tests.support.trust import World, card, institution, private
 
 TRUST = ("PERMISSION_DENIED", "trust_refused")
 
@@ -324,6 +326,66 @@ def test_another_nodes_signing_key_is_refused(place):
     request, _ = joining(door, "site-a", signing="site-b")
     with refused("PERMISSION_DENIED", "not_permitted"):
         join(door, request)
+
+
+def test_keys_of_an_institution_change_and_its_node_joins_again(tmp_path):
+    """Another key speaks for the institution: what the old one approved has no force any more."""
+    with served(tmp_path, governed=True) as door:
+        world = World()
+        world.found_at(door)
+        request, _ = joining(door, "site-a")
+        join(door, request)
+        new = private("institution site-a, new").public_key().public_bytes_raw().hex()
+        members = with_keys(world.state.members, "site-a", [new])
+        world.enact_at(door, propose_members(world.base(), members, "keys"), ["ana", "bruno"])
+
+        stale, _ = joining(door, "site-a", secret=b"")
+        trust_refusal("trust.key", lambda: join(door, stale))
+        fresh, key = joining(door, "site-a", secret=b"", by="institution site-a, new")
+        certificate = x509.load_der_x509_certificate(join(door, fresh).certificate_der)
+        ping(door.connect(Credentials(key, certificate)))
+
+        members = with_status(world.state.members, "site-a", "left")
+        world.enact_at(door, propose_members(world.base(), members, "leave"), ["ana", "bruno"])
+        gone, _ = joining(door, "site-a", secret=b"", by="institution site-a, new")
+        trust_refusal("trust.member", lambda: join(door, gone))
+        back = admitted(world.state.members, institution("site-a", "AR"))
+        world.enact_at(door, propose_members(world.base(), back, "back"), ["ana", "carla"])
+        again, _ = joining(door, "site-a")
+        assert join(door, again).certificate_der
+
+
+def test_a_certificate_that_an_emergency_denies(tmp_path):
+    with served(tmp_path, governed=True) as door:
+        world = World()
+        world.found_at(door)
+        identity = Identity("node", "site-a")
+        door.enrol("site-a")
+        stolen = door.issue(identity)
+        door.register(stolen, identity)
+        client = door.connect(stolen)
+        ping(client)
+        deny_key = Denials(
+            institutions=(), runs=(), plans=(), code=(),
+            certificates=(spki_digest(stolen.certificate),), all_rounds=False,
+        )  # fmt: skip
+        request = propose_emergency(world.base(), "stolen", deny=deny_key, code="key-leak")
+        world.enact_at(door, request, ["ana", "bruno"])
+
+        trust_refusal("trust.emergency", lambda: ping(client))
+        ping(door.enrol("site-a"))  # the institution itself may go on with another key
+
+
+def test_an_operator_is_neither_admin_nor_auditor(tmp_path):
+    """The founding is carried by an operator who then turns out to be on the list."""
+    with served(tmp_path, governed=True) as door:
+        world = World()
+        world.found_at(door, others=[(card("cenia", "pa-univ-1", "PA"), ("auditor",))])
+        request = admin_pb2.ListRunsRequest()
+        said = trust_refusal(
+            "trust.duties", lambda: door.operator().admin.ListRuns(request, timeout=10)
+        )
+        assert "neither admin nor auditor" in said
 
 
 # -- rotation ----------------------------------------------------------------------------------

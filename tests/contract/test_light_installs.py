@@ -160,6 +160,31 @@ def test_the_base_install_audits_a_log(base, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_the_base_install_reads_and_signs_what_admins_propose(base, tmp_path):
+    """An admin needs no server, no database and no network: a request, a key, a passphrase."""
+    from infra.admin.proposals import propose_founding
+    from protocols.governance.requests import canonical_request
+    from tests.support.trust import World
+
+    secret = tmp_path / "passphrase"
+    secret.write_text("correct horse\n")
+    made = base.run(
+        "admin", "key", "make", str(tmp_path / "key"), "--person", "ana", "--institution", "ar-1",
+        "--country", "AR", "--passphrase-file", str(secret), program="minga",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    world = World()
+    request = tmp_path / "founding.request"
+    request.write_bytes(canonical_request(propose_founding(world.founding(), now=world.now)))
+    shown = base.run("admin", "key", "show", str(request), program="minga")
+
+    assert shown.returncode == 0, shown.stderr
+    assert "founds federation demo: 2 of 3 admins decide" in shown.stdout
+    lacking = base.run("admin", "key", "publish", str(request), "--dir", "new", program="minga")
+    assert lacking.returncode == 3
+    assert "Traceback" not in lacking.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "extra"),
     [
