@@ -53,12 +53,14 @@ from node_agent.resources import as_leaf, as_message, claim_of, read_claim
 from node_agent.rules import Refusal
 from node_agent.secure import SecureSum, dither_seed
 from node_agent.site import Site
+from node_agent.site_policy import load_site_rules
 from node_agent.spool import DataPaths, Job, job_id, read_job, read_result
 from node_agent.transfers import Shown, Transfer
 from node_agent.view import RoundSeen, RunSeen
 from policies.audit.gate import AggregateShown
 from protocols.canonical import hash_fields, sha256_hex
 from protocols.errors import (
+    ConfigurationError,
     CorruptStateError,
     DigestMismatchError,
     EquivocationError,
@@ -315,10 +317,10 @@ class Actor:
         return await log.leaf(known.plan, round_, said, "decline")
 
     def _site_policy(self) -> Digest | None:
-        """SHA-256 of the site's policy file, which itself never leaves the site."""
+        """The salted digest of the site's policy, which itself never leaves the site."""
         try:
-            return sha256_hex(self.site.folder.policy.read_bytes())
-        except OSError:
+            return load_site_rules(self.site.folder).digest
+        except ConfigurationError:
             return None
 
     async def _leave(self, round_: RoundId, refusal: Refusal) -> None:

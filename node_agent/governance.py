@@ -142,7 +142,7 @@ class Governance:
             now=now,
             # Whoever asks has been let past the log's own gate, or has switched it off.
             log_witnessed=True,
-            witness_quorum=in_force.policy.log.witness.quorum,
+            witness_quorum=self._demanded(in_force),
             other_runs=sum(self._at_work(other) for other in runs if other.run != seen.run),
             last_round_at=max(mine, default=None),
             joined_today=tuple(self._limits(joins)),
@@ -151,6 +151,11 @@ class Governance:
             cost_pending=costs.pending,
             installed_code=installed_code() if builtin else None,
         )
+
+    def _demanded(self, in_force: InForce) -> int:
+        """Cosignatures that this node demands; where the log is off, what the policy asks for."""
+        log = self.site.log
+        return in_force.policy.log.witness.quorum if log is None else log.verifier.demanded()
 
     def _at_work(self, seen: RunSeen) -> bool:
         current = seen.current

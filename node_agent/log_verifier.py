@@ -229,6 +229,11 @@ class LogVerifier:
         }
         return Accepted(opened=opened, times=times)
 
+    def demanded(self) -> int:
+        """How many witnesses must cosign at least before this node believes a checkpoint."""
+        policy = self._policy or self._policy_of(self._replay)
+        return policy.least_cosigners()
+
     def _policy_of(self, replay: Replay) -> TrustPolicy:
         if self._pinned is not None:
             return self._pinned

@@ -14,7 +14,12 @@ from cryptography import x509
 
 from coordinator.clock import Clock
 from coordinator.ledger import Ledger, Tx
+from coordinator.services.errors import METHOD
 from coordinator.trust_repository import TrustRepository
+from policies.cedar import consortium_text, schema_text
+from policies.cedar.engine import RuleSet
+from policies.cedar.methods import decide_call
+from policies.decision import Decision, Refused
 from protocols.crypto.identity import (
     Identity,
     Role,
@@ -32,6 +37,19 @@ from protocols.identifiers import Digest, FederationId, NodeId
 def _read(pem: bytes, federation: FederationId) -> tuple[x509.Certificate, Identity, Digest]:
     certificate = x509.load_pem_x509_certificate(pem)
     return certificate, identity_of_certificate(certificate, federation), spki_digest(certificate)
+
+
+@lru_cache(maxsize=1)
+def _consortium() -> RuleSet:
+    return RuleSet.load(schema=schema_text(), consortium=consortium_text())
+
+
+@lru_cache(maxsize=4096)
+def _may(method: str, role: str, name: str, further: tuple[str, ...], federation: str) -> Decision:
+    """The rules' answer. Status was looked at before, on this very call: here it is active."""
+    return decide_call(
+        _consortium(), method, role=role, name=name, roles=further, federation=federation
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,4 +174,19 @@ class Callers:
         self._key_in_force(key)
         if member and identity.role == "node":
             self.member(NodeId(identity.name))
+        self._rules(identity)
         return identity
+
+    def _rules(self, identity: Identity) -> None:
+        """The consortium's rules: may such a caller call this method at all?
+
+        Raises:
+            NotPermittedError: with the ids of the rules that say no.
+        """
+        state = self.trust.state() if self.trust is not None and self.trust.founded else None
+        people = state.admins.people if state is not None else ()
+        held = next((person.roles for person in people if person.id == identity.name), ())
+        further = () if identity.role == "node" else tuple(held)
+        answer = _may(METHOD.get(), identity.role, identity.name, further, self.federation)
+        if isinstance(answer, Refused):
+            raise NotPermittedError(str(answer))

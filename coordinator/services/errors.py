@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -17,6 +18,8 @@ import grpc
 from protocols.errors import FederationError, error_details, grpc_status_name
 
 logger = logging.getLogger(__name__)
+# Full name of the method that is being answered: what a caller may do depends on it.
+METHOD: ContextVar[str] = ContextVar("method", default="")
 Context: TypeAlias = grpc.aio.ServicerContext
 
 
@@ -77,6 +80,7 @@ def _single(
     behaviour: Callable[[Any, Context], Awaitable[Any]], method: str
 ) -> Callable[[Any, Context], Awaitable[Any]]:
     async def call(request: Any, context: Context) -> Any:
+        METHOD.set(method)
         try:
             return await behaviour(request, context)
         except grpc.aio.AbortError:
@@ -91,6 +95,7 @@ def _stream(
     behaviour: Callable[[Any, Context], AsyncIterator[Any]], method: str
 ) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        METHOD.set(method)
         try:
             async for answer in behaviour(request, context):
                 yield answer

@@ -82,6 +82,15 @@ class TrustPolicy:
         """The keys of all logs and witnesses."""
         return KeyRing.of((*self.logs, *self.witnesses.values()))
 
+    def least_cosigners(self) -> int:
+        """The smallest number of witnesses whose cosignatures can be enough."""
+        if self.quorum is None:
+            return 0
+        need = dict.fromkeys(self.witnesses, 1)
+        for name, group in self.groups.items():  # members come before
+            need[name] = sum(sorted(need[member] for member in group.members)[: group.threshold])
+        return need[self.quorum]
+
     def satisfied(self, names: AbstractSet[str]) -> bool:
         """Whether cosignatures by the witnesses ``names`` (names of the policy) are enough."""
         if self.quorum is None:

@@ -100,7 +100,7 @@ class Node:
         self.site = SimpleNamespace(
             folder=self.node, config=self.config, journal=self.journal, node=NodeId("site-a"),
             models=Models(self.node.models), now=lambda: self.now, monotonic=lambda: 0.0,
-            trust=SimpleNamespace(state=self.world.state), privacy=None,
+            trust=SimpleNamespace(state=self.world.state), privacy=None, log=None,
         )  # fmt: skip
         self.governance = Governance(self.site)
 
@@ -257,6 +257,13 @@ def test_a_round_too_soon_after_the_last(node):
     )
     assert node.rule() == "rounds.interval"
     node.now += timedelta(hours=1)
+    assert node.rule() is None
+
+
+def test_fewer_witnesses_than_the_policy_asks_for(node):
+    node.site.log = SimpleNamespace(verifier=SimpleNamespace(demanded=lambda: 6))
+    assert node.rule() == "log.witnesses"
+    node.site.log.verifier.demanded = lambda: 7
     assert node.rule() is None
 
 
