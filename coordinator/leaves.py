@@ -71,6 +71,11 @@ def say_plan(tx: Tx, run: RunRow, row: RoundRow, now: datetime) -> None:
         return
     plan, request = run.plan, run.request
     signed = None if request is None else kinds.SignedRequest.model_validate_json(request)
+    code = kinds.CodeUsed(image=plan.terms.code.image) if plan.terms else None
+
+    def make(log: Replay) -> Predicate:
+        return said.model_copy(update={"tuf": in_force(log)})
+
     said = kinds.RoundPlan(
         run=plan.run,
         round=row.round.number,
@@ -79,6 +84,7 @@ def say_plan(tx: Tx, run: RunRow, row: RoundRow, now: datetime) -> None:
         plan_digest=plan.digest,
         roster_root=roster_of(plan).root if plan.secagg else None,
         model_in=row.start_root,
+        code=code,
         secagg=(
             kinds.SecaggUsed(t=plan.secagg.threshold, m_min=plan.secagg.min_surviving)
             if plan.secagg
@@ -88,7 +94,20 @@ def say_plan(tx: Tx, run: RunRow, row: RoundRow, now: datetime) -> None:
         request=signed,
         request_sha256=None if signed is None else sha256_hex(signed.body.encode()),
     )
-    _say(tx, plan, row.round, said, now)
+    _say(tx, plan, row.round, make, now)
+
+
+def in_force(log: Replay) -> dict[str, kinds.Published]:
+    """The newest metadata file of each role that the log holds: what the round rests on."""
+    newest: dict[str, int] = {}
+    for role, version in log.published:
+        newest[role] = max(version, newest.get(role, 0))
+    found = {}
+    for role, version in sorted(newest.items()):
+        digests = log.published[role, version]
+        if len(digests) == 1:  # two would be an equivocation: none of them is named
+            found[role] = kinds.Published(version=version, sha256=next(iter(digests)))
+    return found
 
 
 # -- phases --------------------------------------------------------------------------------------
