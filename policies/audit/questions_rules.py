@@ -119,7 +119,7 @@ def q06_code(evidence: Evidence) -> Iterator[Record]:
 def _allowed_code(policy: ConsortiumPolicy | None, image: str | None) -> bool | None:
     if policy is None or image is None:
         return None
-    return image in {code.image for code in policy.code.allowed}
+    return f"sha256:{image}" in {code.image for code in policy.code.allowed}
 
 
 def q07_data(evidence: Evidence) -> Iterator[Record]:
