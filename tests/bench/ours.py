@@ -129,7 +129,8 @@ def memory_row(*, params: int, nodes: int, rounds: int = 2, work: Path | None = 
     job = Job(params=params, nodes=nodes, rounds=rounds, timeout_s=limit)
     found = _play(job, light=True, work=work)
     what = f"coordinator memory, {nodes} nodes, {millions(params)} parameters"
-    return _row(what, job, found, "nodes share one process and compute no model")
+    note = "no round log; nodes share one process and compute no model"
+    return _row(what, job, found, note)
 
 
 # -- bulk transfer -------------------------------------------------------------------------------
