@@ -47,8 +47,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from coordinator.privacy import EVERYBODY, Cap
 from policies.privacy.budget import Allowance, midnight
+from policies.privacy.caps import EVERYBODY, Cap
 from policies.privacy.sensitivity import Unit
 from protocols.errors import ConfigurationError
 from protocols.identifiers import FederationId, parse_federation_id, parse_node_id

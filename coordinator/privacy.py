@@ -16,6 +16,7 @@ from coordinator.ledger.privacy import SpendRow
 from coordinator.ledger.rows import RoundRow, RunRow
 from coordinator.ledger.tx import Tx
 from policies.privacy.budget import Allowance, Spend, SpendStatus, afford_allowance
+from policies.privacy.caps import Cap, cap_for
 from policies.privacy.claim import Claim
 from policies.privacy.sensitivity import Unit
 from protocols.errors import PlanRefusedError
@@ -23,32 +24,6 @@ from protocols.gen import admin_pb2
 from protocols.identifiers import NodeId, RunId
 from protocols.plan import Plan
 from protocols.rounds import Aborted, Burned, Open, Phase, Released
-
-EVERYBODY = "*"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cap:
-    """What the federation allows an institution's data set to spend."""
-
-    institution: str  # "*": every one that has no cap of its own
-    allowance: Allowance
-
-
-def cap_for(caps: Sequence[Cap], node: NodeId, claim: Claim) -> Allowance | None:
-    """The cap that applies to a node's spend; None: there is none."""
-    unit = Unit(claim.unit)
-    fitting = [
-        cap
-        for cap in caps
-        if (cap.allowance.dataset, cap.allowance.unit) == (claim.dataset, unit)
-        and cap.institution in (node, EVERYBODY)
-    ]
-    return next((cap.allowance for cap in sorted(fitting, key=_general)), None)
-
-
-def _general(cap: Cap) -> bool:
-    return cap.institution == EVERYBODY
 
 
 def reserve(

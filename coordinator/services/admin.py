@@ -24,7 +24,7 @@ from coordinator.config import Prices
 from coordinator.ledger import HistoryRow, Ledger, RoundRow, Tx
 from coordinator.ledger.privacy import SpendRow
 from coordinator.log_hub import LogHub, describe_waiting
-from coordinator.privacy import Cap, cap_for, spend_facts
+from coordinator.privacy import spend_facts
 from coordinator.rounds import advance, why_now
 from coordinator.services.caller import Callers
 from coordinator.services.facts import full_facts, history_entry, node_facts, run_facts
@@ -39,6 +39,7 @@ from coordinator.services.submission import (
 from coordinator.trust_repository import TrustRepository
 from policies.planning import SiteBefore, SiteOutlook, site_outlook
 from policies.privacy.budget import Spend
+from policies.privacy.caps import Cap, cap_for
 from policies.privacy.claim import Claim, claim_of
 from protocols.enrolment import SECRET_BYTES, Invitation
 from protocols.errors import MalformedMessageError, NotFoundError, RefusedError

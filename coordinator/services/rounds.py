@@ -17,11 +17,12 @@ import grpc
 from coordinator.clock import Clock
 from coordinator.leaves import joined_by_log, log_late, say_closed, take_leaf
 from coordinator.ledger import Ledger, RoundRow, RunRow, Tx
-from coordinator.privacy import Cap, reserve
+from coordinator.privacy import reserve
 from coordinator.rounds import advance, why_now
 from coordinator.services.board import Board
 from coordinator.services.caller import Callers
 from coordinator.services.progress import ProgressBook, read_report
+from policies.privacy.caps import Cap
 from protocols.errors import (
     MalformedMessageError,
     ModelDisagreementError,

@@ -7,10 +7,11 @@ from datetime import timedelta
 import pytest
 
 from coordinator.ledger import Tx
-from coordinator.privacy import Cap, cap_for, reserve, settle, spend_facts
+from coordinator.privacy import reserve, settle, spend_facts
 from coordinator.rounds import advance
 from coordinator.services.rounds import take
 from policies.privacy.budget import Allowance
+from policies.privacy.caps import Cap, cap_for
 from policies.privacy.claim import claim_of
 from policies.privacy.sensitivity import Unit
 from protocols.errors import EquivocationError, PlanRefusedError

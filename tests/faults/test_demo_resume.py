@@ -80,7 +80,9 @@ def test_the_demonstration_is_killed_resumed_and_learns(tmp_path):
     text = second.read_text("utf-8", "replace")
     assert "ended 4 processes that an earlier demonstration had left" in text
     assert "3 of 3 nodes computed the very same last model" in text
-    assert "only their sum is opened; NOT differentially private" in text
+    assert "every training step is differentially private by document" in text
+    for site in SITES:
+        assert f"{site} has spent epsilon " in text
     assert alive(left) == frozenset()
     assert of_folder(folder) == []
     check_summary(folder)
@@ -89,12 +91,16 @@ def test_the_demonstration_is_killed_resumed_and_learns(tmp_path):
 
 
 def check_summary(folder: Path) -> None:
-    """It learned, and every round has all nodes in its sum exactly once."""
+    """It learned, for an epsilon that is said, and every sum has all nodes exactly once."""
     facts = json.loads((folder / "report" / "summary.json").read_text("utf-8"))
     assert facts["learned"] is True
     assert facts["bits_per_byte"]["all"]["before"] == pytest.approx(8.0, abs=0.2)  # knows nothing
-    assert facts["bits_per_byte"]["all"]["after"] < 5.0
+    assert facts["bits_per_byte"]["all"]["after"] < 7.4  # two private rounds; six get to 4.6
     assert facts["mode"]["masked"] is True
+    assert facts["mode"]["differentially_private"] is True
+    for spent in facts["run"]["privacy"]:
+        assert 2 < float(spent["epsilon"]) < float(spent["budget"]) == 8
+        assert spent["rounds_spent"] == 2
     assert [site["training_processes"] for site in facts["sites"]] == [2, 1, 1]
     assert [round_["metrics"]["nodes"] for round_ in facts["run"]["rounds"]] == [3, 3, 3]
     assert all(entry["bytes_up"] > 0 for entry in facts["traffic"].values())

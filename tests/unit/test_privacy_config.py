@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 import pytest
 
 from coordinator.config import load_config as load_coordinator
-from coordinator.privacy import cap_for
 from node_agent.config import (
     DataConfig,
     NodeFolder,
@@ -15,6 +14,7 @@ from node_agent.config import (
     load_config,
     render_config,
 )
+from policies.privacy.caps import cap_for
 from policies.privacy.claim import claim_of
 from policies.privacy.sensitivity import Unit
 from protocols.errors import ConfigurationError

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.privacy import Cap
 from infra.runs.facts import read_run_facts, run_to_json
 from infra.runs.show import console, run_view
 from policies.privacy.budget import Allowance
+from policies.privacy.caps import Cap
 from policies.privacy.sensitivity import Unit
 from protocols.errors import NotPermittedError, PlanRefusedError
 from protocols.gen import admin_pb2
