@@ -106,6 +106,7 @@ class Recomputer:
             sum_, from_uploads, why = self._sum(round_, state, attempt, plan, start)
             result = self._outer_step(plan, state.plan.index, start, sum_, said.survivors)
             after = next_snapshot(start, result)
+            self._check_published(after)
         except NotFoundError as error:
             return self._answer(round_, Result.UNKNOWN, leaf, f"not made again: {error}")
         except FederationError as error:
@@ -158,6 +159,17 @@ class Recomputer:
             model_out=model,
             metrics=dict(metrics or {}),
         )
+
+    def _check_published(self, after: Snapshot) -> None:
+        """What is handed out under the model's digests is that model.
+
+        Raises:
+            DigestMismatchError: a file is another one; one that is not here is no matter.
+        """
+        for digest in after.blobs():
+            path = self._blobs.path(digest)
+            if path.exists():
+                self._blobs.check(path, digest)
 
     def _start(self, state: RoundState) -> tuple[Plan, Snapshot, bool]:
         """Plan and starting model; whether this audit knows that model without the coordinator."""

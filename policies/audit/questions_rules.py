@@ -69,7 +69,10 @@ def q04_privacy_loss(evidence: Evidence) -> Iterator[Record]:
     policy = evidence.policy
     for item in found:
         who = f"{item.institution}, {item.dataset}"
-        what = f"{who}: {item.printed} per {item.unit} over {item.claims} updates"
+        what = (
+            f"{who}: epsilon {item.printed} at delta {item.delta:g} per {item.unit}"
+            f" over {item.claims} updates"
+        )
         if policy is None:
             yield Record(
                 id="4",

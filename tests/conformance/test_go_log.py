@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow  # the first build takes twenty seconds
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return gocheck.build(tmp_path_factory.mktemp("gocheck"))
+def program():
+    return gocheck.program()
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,12 @@ it into a temporary module. Nothing is downloaded and nothing of it enters the r
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
+import tempfile
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,12 @@ def build(folder: Path) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "gocheck"
+
+
+@functools.cache
+def program() -> Path:
+    """The program, built once for all tests of a session."""
+    return build(Path(tempfile.mkdtemp(prefix="gocheck-")))
 
 
 def check(program: Path, log: Path) -> tuple[int, str, dict[str, Any]]:

@@ -76,6 +76,7 @@ class Spent:
     unit: str
     updates: int
     epsilon: float
+    delta: float
     printed: str
     budget: float | None
 
@@ -186,6 +187,7 @@ def _spent(evidence: Evidence) -> tuple[tuple[Spent, ...], str]:
             unit=item.unit,
             updates=item.claims,
             epsilon=item.epsilon,
+            delta=item.delta,
             printed=item.printed,
             budget=policy.privacy.budgets.epsilon_micro(item.institution, item.dataset) / 1e6
             if policy

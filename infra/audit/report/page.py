@@ -238,7 +238,7 @@ def _privacy(facts: Facts) -> str:
                 escape(item.dataset),
                 escape(item.unit),
                 str(item.updates),
-                escape(item.printed),
+                f"{escape(item.printed)} <small>δ {item.delta:g}</small>",
                 charts.bar(item.epsilon, most, over=over),
                 "—" if item.budget is None else f"{item.budget:g}",
             )
