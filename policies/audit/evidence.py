@@ -23,7 +23,7 @@ from policies.audit.rounds import AttemptState, RoundState
 from policies.audit.signed import SignedHistory
 from policies.audit.tree import Tree
 from policies.consortium import ConsortiumPolicy
-from protocols.canonical import parse_canonical, sha256_hex
+from protocols.canonical import canonical_bytes, parse_canonical, sha256_hex
 from protocols.errors import FederationError, MalformedMessageError
 from protocols.identifiers import Digest, RoundId, RunId
 from protocols.plan import Plan
@@ -220,13 +220,14 @@ def _read_plan(taken: Taken, documents: Documents, plans: dict[Digest, Plan]) ->
     digest = taken.statement.digest
     if digest not in plans:
         try:
-            if said.plan is not None:
-                plans[digest] = Plan.from_value(said.plan)
-            else:
-                found = documents(digest)
-                if found is None:
-                    return
-                plans[digest] = Plan.from_value(parse_canonical(found))
+            found = canonical_bytes(said.plan) if said.plan is not None else documents(digest)
+            if found is None:
+                return
+            plan = Plan.from_value(parse_canonical(found))
+            if plan.to_bytes() != found:
+                # Another version of this program wrote it, with other fields: not at hand here.
+                return
+            plans[digest] = plan
         except MalformedMessageError as error:
             yield Fault.at("plan", taken.index, str(error))
             return

@@ -51,7 +51,7 @@ def q04_privacy_loss(evidence: Evidence) -> Iterator[Record]:
             round=None,
             result=Result.UNKNOWN,
             leaves=tuple(taken.index for taken in unknown),
-            reason="without the model's manifest the claims of these leaves are not derived again",
+            reason="without plan and manifest the claims of these leaves are not derived again",
         )
     claims = spent_claims(evidence)
     if not claims:
