@@ -19,6 +19,14 @@ class Mode(StrEnum):
     OPEN = "open"
 
 
+class Scenario(StrEnum):
+    """Common acts of governance, each played in under a minute."""
+
+    EXPEL = "expel"
+    OVERRIDE_REFUSED = "override-refused"
+    POLICY_CHANGE = "policy-change"
+
+
 class NodePhase(StrEnum):
     """Phases in which a node can be killed."""
 
@@ -73,6 +81,10 @@ def demo(
         CoordinatorPhase | None,
         typer.Option(help="SIGKILL the coordinator in this phase; it comes back likewise."),
     ] = None,
+    scenario: Annotated[
+        Scenario | None,
+        typer.Option(help="Play an act of governance instead, with its explanation; no training."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in DIR.")] = False,
     keep: Annotated[
         bool, typer.Option("--keep", help="At the end leave everything running until Ctrl-C.")
@@ -92,6 +104,11 @@ def demo(
     from infra.demo.story import Request, run_demo
     from infra.runs.show import console
 
+    if scenario is not None:
+        from infra.demo.scenarios import run_scenario
+
+        run_scenario(scenario.value, folder, console())
+        return
     run_demo(
         Request(
             folder=folder,
