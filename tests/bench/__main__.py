@@ -4,9 +4,9 @@ Absolute times on a shared machine mean nothing; ratios inside one run do. So ev
 measured next to the row that it is compared with, and the ratios are computed here.
 
 Groups: ``bulk`` (transfer over loopback), ``round`` (a whole round without training), ``memory``
-(the coordinator's peak, with more nodes and with a larger model), ``audit`` (verifying a log),
-``peers`` (other systems; needs
-the network the first time, so it runs only when it is named or with ``--peers``).
+(the coordinator's peak, with more nodes and with a larger model), ``audit`` (verifying a log, and
+appending to one), ``peers`` (other systems; needs the network the first time, so it runs only when
+it is named or with ``--peers``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench import auditing, floor, masking, ours
+from tests.bench import auditing, floor, logging_rate, masking, ours
 from tests.bench.peers.__main__ import PEERS, default_work, peer_rows
 from tests.bench.rows import Row, report, table, together
 
@@ -127,6 +127,7 @@ def masks(settings: Settings) -> Iterator[Row]:
 def audit(settings: Settings) -> Iterator[Row]:
     quick = settings.amount is QUICK
     yield from auditing.rows(rounds=10 if quick else 45, repetitions=3)
+    yield from logging_rate.rows(leaves=100 if quick else 500, repetitions=3)
 
 
 def memory(settings: Settings) -> Iterator[Row]:
