@@ -156,3 +156,23 @@ def test_what_a_model_is_like_is_seen():
     assert (other.tied, other.dropout, other.checkpointing) == (True, 0.25, "non-reentrant")
     assert other.mixing == ("BatchNorm1d",)
     assert "BatchNorm1d" in other.modules
+
+
+def test_the_bound_holds_where_matrix_work_is_in_bfloat16(tmp_path, monkeypatch):
+    """As on a GPU. What is clipped is what is added up, however coarsely it was computed."""
+    rng = np.random.default_rng(2)
+    model = random_model(rng, ALONE)
+    records = random_records(rng, tmp_path, lengths=[3, 9, 14, 5], cap=1, length=16)
+    sums, norm = {}, 0.02
+    half_work = torch.autocast("cpu", dtype=torch.bfloat16)
+    for half in (False, True):
+        if half:
+            monkeypatch.setattr(model, "autocast", lambda: half_work)
+        for way in ("hooks", "loop"):
+            clipped = ClippedSum(model, way=way, clip_norm=norm, rows=8)
+            assert largest_move(OurSum(clipped), records) <= norm * (1 + FLOAT_ERROR), way
+            sums[half, way] = OurSum(clipped)(records)
+            clipped.close()
+    for way in ("hooks", "loop"):
+        coarse = np.linalg.norm(sums[True, way] - sums[False, way])
+        assert 1e-5 * norm < coarse < 0.5 * norm  # else it was not in bfloat16
