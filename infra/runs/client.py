@@ -218,7 +218,7 @@ class AdminClient:
     def publish_trust(self, files: Mapping[str, bytes]) -> list[str]:
         """Bring what admins signed; what came into force, in words."""
         request = trust_pb2.PublishTrustRequest(files=dict(files))
-        return list(self._call(self._trust.Publish, request, timeout_s=60.0).changes)
+        return list(self._call(self._trust.Publish, request, timeout_s=90.0).changes)
 
     # -- blobs -----------------------------------------------------------------------------------
 
