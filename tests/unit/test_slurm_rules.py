@@ -385,7 +385,7 @@ HOSTILE = "x; touch /tmp/pwned\n#SBATCH --uid=0"
         {"environment": {"LD": "a\nb"}},
         {"python": "python3"},
         {"python": "/p\nid"},
-        {"warn_s": 120, "time_minutes": 2},
+        {"warn_s": 60, "time_minutes": 2},
         {"nodes": 0},
         {"unknown": 1},
     ],
