@@ -173,6 +173,7 @@ def _play(
         _export(run, federation, client)
         print_end(console, run, settings)
         _say_end(run, settings, path, federation, view)
+        _audit(federation, view)
         missed = [striker.moment for striker in strikers if striker.struck is None]
         if missed:
             raise RunFailedError(
@@ -449,6 +450,26 @@ def _say_end(
         )
     relative = path.relative_to(federation.folder)
     view.say(f"facts: {relative}; model: model/; both in {federation.folder}")
+
+
+def _audit(federation: Federation, view: View) -> None:
+    """Audit the log as anybody could, and leave the page for people who decide."""
+    from infra.audit.loading import Places, load
+    from infra.audit.report import write_report
+
+    log = federation.folder / "log"
+    if not (log / "checkpoint").exists():
+        return
+    loaded = load(Places(log=log))
+    found = loaded.audit
+    page = federation.folder / "report" / "report.html"
+    write_report(loaded, page, lang="es", recompute=False)
+    verdict = f"first bad place: {found.first.place}" if found.first else "no leaf is bad"
+    view.say(
+        f"audited {len(found.evidence.taken)} leaves of the log: {verdict},"
+        f" {len(found.failed)} answers fail; report/report.html"
+    )
+    view.say(f"check it yourself: minga audit verify {log}; minga audit recompute {log}")
 
 
 def _keep(federation: Federation, view: View) -> None:
