@@ -573,3 +573,38 @@ def plan_propose(
 
     request = propose_plan(_base(repository, root), Plan.from_bytes(acts.read_bytes(plan)))
     _proposed(out, request, as_json)
+
+
+@plans.command("override")
+def plan_override(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan, as it was signed.")],
+    rule: Annotated[str, typer.Option(metavar="ID", help="The rule that it may pass by.")],
+    code: Annotated[str, typer.Option(metavar="WORD", help="Why, as a code.")],
+    repository: Repository,
+    out: Out,
+    hours: Annotated[int, typer.Option(min=1, max=168, help="How long, from now on.")] = 24,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Propose to let one plan past one rule of the consortium, for a while; never a site's rule."""
+    from datetime import timedelta
+
+    from infra.admin import acts
+    from infra.admin.proposals import propose_override
+    from policies.overrides import OVERRIDE_SCHEMA, Override
+    from protocols.canonical import canonical_bytes
+    from protocols.governance.documents import time_text
+    from protocols.plan import Plan
+
+    named, now = Plan.from_bytes(acts.read_bytes(plan)), acts.utc_now()
+    value = {
+        "schema": OVERRIDE_SCHEMA,
+        "federation": named.federation,
+        "plan": named.digest,
+        "rule": rule,
+        "code": code,
+        "granted_at": time_text(now),
+        "expires": time_text(now + timedelta(hours=hours)),
+    }
+    override = Override.from_bytes(canonical_bytes(value))
+    _proposed(out, propose_override(_base(repository, root), override), as_json)
