@@ -130,7 +130,7 @@ def test_record_distributed_adds_noise_of_the_size_that_is_charged(federation):
 
 
 def test_a_site_without_a_budget_declines_and_one_that_gives_it_takes_part(federation):
-    run = submit(federation, "whole", "institution", privacy=INSTITUTION)
+    run = submit(federation, "unasked", "institution", privacy=INSTITUTION)
     with federation.history(run) as history:
         entry = federation.entries(history, lambda entry: "privacy.dataset" in entry.why)
     assert "letters" in entry.why
@@ -143,6 +143,7 @@ def test_a_site_without_a_budget_declines_and_one_that_gives_it_takes_part(feder
     budget = ("[limits]", "\n".join(("[[privacy.budget]]", *lines, "", "[limits]")))
     for site in federation.sites:
         rewrite(federation, site, ('dataset = "default"  #', 'dataset = "letters"  #'), budget)
+    run = submit(federation, "whole", "institution", privacy=INSTITUTION)
     report = federation.confirmed(run)
 
     moved = model_of(federation, report)
