@@ -5,7 +5,8 @@ One process writes, under a lease. In order, for each growth of the log:
     1. the new leaves enter the tree; the head must extend the ratchet's (``check_may_sign``)
     2. the ratchet turns, durably, and only then the head is signed
     3. witnesses are asked (``log_hub``); a quorum of cosignatures makes the head witnessed
-    4. tiles, then the checkpoint, are written; whoever follows is told at 3 already
+    4. plans that their leaves only name, tiles, then the checkpoint, are written; whoever follows
+       is told at 3 already
 
 Before it signs for the first time after a start, the writer compares the ledger with the ratchet
 and with what a quorum of witnesses says it cosigned last: a database restored from an old backup
@@ -33,12 +34,12 @@ from coordinator.clock import Clock
 from coordinator.ledger import LeafRow, LeaseLostError, Ledger, Tx
 from coordinator.log_files import LogFiles, Ratchet
 from coordinator.log_hub import LogHub
-from policies.audit.replay import policy_text
+from policies.audit.replay import peek, policy_text
 from protocols.canonical import sha256_hex
 from protocols.errors import CorruptStateError, FederationError, IntegrityError
 from protocols.identifiers import Digest
 from protocols.tlog.checkpoint import Checkpoint, sign_checkpoint
-from protocols.tlog.kinds import Heartbeat
+from protocols.tlog.kinds import Heartbeat, RoundPlan
 from protocols.tlog.merkle import EMPTY_ROOT
 from protocols.tlog.note import SignerKey, VerifierKey
 from protocols.tlog.proofs import make_consistency
@@ -301,6 +302,9 @@ class LogWriter:
             if not found:
                 raise CorruptStateError(f"leaf {at} is missing in the ledger")
             rows += [row.entry for row in found]
+            for row in found:
+                if row.kind == "round.plan":
+                    await self._keep_plan(row)
         tree = self.hub.tree
 
         def write() -> None:
@@ -312,6 +316,20 @@ class LogWriter:
             )
 
         await asyncio.to_thread(write)
+
+    async def _keep_plan(self, row: LeafRow) -> None:
+        """Put a plan that is too large for its leaf beside the log, before the leaf is shown."""
+        found = peek(row.entry)
+        if found is None or row.round is None:
+            raise CorruptStateError(f"leaf {row.index} is no plan")
+        statement, said = found
+        if not isinstance(said, RoundPlan) or said.plan is not None:
+            return
+        run = row.round.run
+        data = (await self.ledger.read("plan", lambda tx: tx.run(run))).plan_bytes
+        if sha256_hex(data) != statement.digest:
+            raise CorruptStateError(f"the plan of {run} is not the one that leaf {row.index} names")
+        await asyncio.to_thread(self.files.keep_blob, data)
 
 
 def beat(tx: Tx, *, interval: timedelta) -> None:
