@@ -170,6 +170,4 @@ def test_a_proof_over_grpc_verifies_with_the_key_alone(tmp_path):
         verify_proof_file(said.proof, entries[2], policy, now=now)
     stranger = witness_policy(log_signer().verifier, {})
     with pytest.raises(BadSignatureError):
-        verify_proof_file(
-            said.proof, said.entry, witness_policy(log_signer().verifier, {}), now=now
-        )
+        verify_proof_file(said.proof, said.entry, stranger, now=now)
