@@ -2,6 +2,7 @@
 #
 #   make demo                 a federation of four sites on this machine
 #   make test ARGS="-k merkle"  arguments for pytest; every target passes ARGS on
+#   make test JOBS=1          one test at a time; two by default, whole files to each
 
 .PHONY: help venv demo test slurm-test bench bench-peers lint fmt proto clean
 .DEFAULT_GOAL := help
@@ -12,6 +13,7 @@ PYTHON = $(shell for p in python3.11 python3; do \
 	&& echo $$p && break; done)
 DIR = demo-run
 ARGS =
+JOBS = 2
 PACKAGES = protocols policies coordinator node_agent infra
 
 help:
@@ -30,7 +32,7 @@ demo: venv
 	.venv/bin/minga demo --dir $(DIR) $(ARGS)
 
 test: venv
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # A part of `make test`: a private Slurm cluster of one node; skipped without slurm-wlm, munge or root.
 slurm-test: venv
