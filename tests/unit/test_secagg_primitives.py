@@ -205,6 +205,16 @@ def test_x25519_rfc_7748_section_5_2():
     assert x25519_shared(scalar, point).hex() == want
 
 
+def test_x25519_rfc_7748_section_5_2_iterated():
+    k = u = (9).to_bytes(32, "little")
+    for count in range(1, 1001):
+        k, u = x25519_shared(k, u), k
+        if count == 1:
+            once = "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"
+            assert k.hex() == once
+    assert k.hex() == "684cf59ba83309552800ef566f2f4d3c1c3887c49360e3875f2eb94d99532c51"
+
+
 def test_x25519_rfc_7748_section_6_1():
     a = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
     b = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
@@ -261,19 +271,31 @@ def test_hkdf_rfc_5869_case_3():
     )
 
 
-def test_aes_256_ctr_sp_800_38a_f_5_5():
-    key = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+@pytest.mark.parametrize(
+    ("key", "want"),
+    [
+        pytest.param(
+            "2b7e151628aed2a6abf7158809cf4f3c",
+            "874d6191b620e3261bef6864990db6ce9806f66b7970fdff8617187bb9fffdff"
+            "5ae4df3edbd5d35e5b4f09020db03eab1e031dda2fbe03d1792170a0f3009cee",
+            id="F.5.1",
+        ),
+        pytest.param(
+            "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
+            "601ec313775789a5b7a7f504bbf3d228f443e3ca4d62b59aca84e990cacaf5c5"
+            "2b0930daa23de94ce87017ba2d84988ddfc9c58db67aada613c2dd08457941a6",
+            id="F.5.5",
+        ),
+    ],
+)
+def test_aes_ctr_sp_800_38a(key, want):
     counter = bytes.fromhex("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff")
     plain = bytes.fromhex(
         "6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e51"
         "30c81c46a35ce411e5fbc1191a0a52eff69f2445df4f9b17ad2b417be66c3710"
     )
-    want = (
-        "601ec313775789a5b7a7f504bbf3d228f443e3ca4d62b59aca84e990cacaf5c5"
-        "2b0930daa23de94ce87017ba2d84988ddfc9c58db67aada613c2dd08457941a6"
-    )
-    out = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor().update(plain)
-    assert out.hex() == want
+    cipher = Cipher(algorithms.AES(bytes.fromhex(key)), modes.CTR(counter)).encryptor()
+    assert cipher.update(plain).hex() == want
 
 
 # -- paths -------------------------------------------------------------------------------------
