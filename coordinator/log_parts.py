@@ -19,7 +19,7 @@ from coordinator.log_hub import LogHub
 from coordinator.log_writer import LogWriter, load_signer
 from protocols.canonical import sha256_hex
 from protocols.crypto.signatures import public_bytes
-from protocols.errors import ConfigurationError
+from protocols.errors import ConfigurationError, MalformedMessageError
 from protocols.identifiers import FederationId
 from protocols.tlog.kinds import Genesis
 from protocols.tlog.note import KeyType, SignerKey, VerifierKey
@@ -52,6 +52,25 @@ def read_ed25519(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigurationError(f"{path} does not hold an Ed25519 key")
     return key
+
+
+def parse_witness(text: str) -> tuple[str, str]:
+    """``VKEY=URL``: key and address of a witness that listens over HTTP.
+
+    Raises:
+        ConfigurationError: it is not that.
+    """
+    vkey, found, rest = text.partition("=http")
+    url = f"http{rest}"
+    if not found or not url.startswith(("http://", "https://")):
+        raise ConfigurationError(f"{text!r:.200} is not VKEY=URL of a witness")
+    try:
+        key = VerifierKey.parse(vkey)
+    except MalformedMessageError as error:
+        raise ConfigurationError(f"not the key of a witness: {error}") from None
+    if key.type is not KeyType.ED25519_COSIGNATURE:
+        raise ConfigurationError(f"{key.name} is not the key of a witness")
+    return vkey, url
 
 
 def make_keys(keys: Path, origin: str) -> None:

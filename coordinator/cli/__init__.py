@@ -41,6 +41,14 @@ def init(
     http: Annotated[
         str | None, typer.Option(help="HOST:PORT that serves log and trust repository to readers.")
     ] = None,
+    witness: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VKEY=URL",
+            help="A witness over HTTP (`minga audit witness`) that must cosign beside the nodes;"
+            " repeatable.",
+        ),
+    ] = None,
     governed: Annotated[
         bool,
         typer.Option(
@@ -50,8 +58,12 @@ def init(
     ] = True,
 ) -> None:
     """Make the certificate authority, the coordinator's and an operator's certificate."""
+    from coordinator.log_parts import parse_witness
     from coordinator.setup import initialise
+    from protocols.errors import ConfigurationError
 
+    if witness and not log:
+        raise ConfigurationError("--witness is for a federation that keeps a log")
     made = initialise(
         folder=folder,
         federation=federation,
@@ -64,6 +76,7 @@ def init(
         governed=governed,
         log=log,
         http=http,
+        witnesses=tuple(parse_witness(text) for text in witness or ()),
     )
     typer.echo(f"made {made}")
     if governed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from node_agent.witness import KEY_FILE, Witness, make_witness, open_witness
+from node_agent.witness import KEY_FILE, Witness, make_witness, open_witness, read_key
 from protocols.errors import ConfigurationError, MalformedMessageError
 from protocols.tlog.note import KeyRing, KeyType, VerifierKey
 
@@ -30,7 +30,8 @@ def prepare(folder: Path, *, name: str, log_keys: tuple[Path, ...]) -> Witness:
         log_keys: files with the vkey of a log each, added to the list.
 
     Raises:
-        ConfigurationError: a file holds no log key, or none was ever given.
+        ConfigurationError: a file holds no log key, or none was ever given: then the sentence
+            has the witness's own key, which a log that begins may name.
         CorruptStateError: the memory is lost: the witness is retired, begin another folder.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -44,11 +45,14 @@ def prepare(folder: Path, *, name: str, log_keys: tuple[Path, ...]) -> Witness:
         if line not in lines:
             lines.append(line)
     keys = [_log_key(line) for line in lines]
-    if not keys:
-        raise ConfigurationError("say which log to watch: --log FILE with its vkey")
-    known.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     if not (folder / KEY_FILE).exists():
         make_witness(folder, name)
+    if not keys:
+        vkey = read_key(folder / KEY_FILE).verifier.to_text()
+        raise ConfigurationError(
+            f"say which log to watch: --log FILE with its vkey; the key of this witness is {vkey}"
+        )
+    known.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     rings: dict[str, list[VerifierKey]] = {}
     for key in keys:
         rings.setdefault(key.name, []).append(key)
