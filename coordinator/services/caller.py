@@ -119,6 +119,17 @@ class Callers:
         """
         return await self._require(context, "node", "operator", member=False)
 
+    async def cosigner(self, context: grpc.aio.ServicerContext) -> NodeId:
+        """The calling node as a witness: also one that is suspended, expelled or left.
+
+        The log counts its key for as long as the log names it, and whoever cosigns promises one
+        history and takes part in nothing. A certificate that an emergency denies is refused.
+
+        Raises:
+            NotEnrolledError, NotPermittedError.
+        """
+        return NodeId((await self._require(context, "node", member=False)).name)
+
     def member(self, node: NodeId) -> None:
         """Whether the signed membership, and no emergency, lets an institution take part now.
 

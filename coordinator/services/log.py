@@ -44,7 +44,7 @@ class LogService(log_pb2_grpc.LogServicer):
         """Witnessed checkpoints with their leaves, as they come."""
         at = int(request.size)
         while True:
-            await self._callers.any(context)  # a stream may outlive the right to it
+            await self._callers.reader(context)  # a stream may outlive the right to it
             need_leader(self._hub)
             head = self._hub.witnessed
             if head is None or head.size <= at:
@@ -118,7 +118,7 @@ class WitnessService(log_pb2_grpc.WitnessServicer):
         self, answers: AsyncIterator[log_pb2.WitnessAnswer], context: Context
     ) -> AsyncIterator[log_pb2.WitnessRequest]:
         """One request at a time, each about the newest head."""
-        node = await self._callers.node(context)
+        node = await self._callers.cosigner(context)
         hub, stream = self._hub, aiter(answers)
         need_leader(hub)
         first = await anext(stream)
@@ -128,7 +128,7 @@ class WitnessService(log_pb2_grpc.WitnessServicer):
             asked = hub.request_for(node)
             if asked is None:
                 await hub.changed(LOOK_S)
-                await self._callers.node(context)
+                await self._callers.cosigner(context)
                 continue
             head, body = asked
             yield log_pb2.WitnessRequest(body=body)
