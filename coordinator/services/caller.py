@@ -75,9 +75,7 @@ class Callers:
         Raises:
             NotEnrolledError, NotPermittedError.
         """
-        operator = await self._require(context, "operator")
-        self._duties(operator)
-        return operator
+        return await self._require(context, "operator", duties=True)
 
     async def carrier(self, context: grpc.aio.ServicerContext) -> Identity:
         """An operator who brings what admins signed: also one whom the next list has to correct.
@@ -85,7 +83,7 @@ class Callers:
         Raises:
             NotEnrolledError, NotPermittedError.
         """
-        return await self._require(context, "operator")
+        return await self._require(context, "operator", listed=False)
 
     def _duties(self, operator: Identity) -> None:
         """Who runs the machine does not also decide or audit.
@@ -155,7 +153,12 @@ class Callers:
                 )
 
     async def _require(
-        self, context: grpc.aio.ServicerContext, *roles: Role, member: bool = True
+        self,
+        context: grpc.aio.ServicerContext,
+        *roles: Role,
+        member: bool = True,
+        duties: bool = False,
+        listed: bool = True,
     ) -> Identity:
         pem = context.auth_context().get("x509_pem_cert")
         if not pem:
@@ -185,11 +188,16 @@ class Callers:
         self._key_in_force(key)
         if member and identity.role == "node":
             self.member(NodeId(identity.name))
-        self._rules(identity)
+        if duties:
+            self._duties(identity)
+        self._rules(identity, listed=listed)
         return identity
 
-    def _rules(self, identity: Identity) -> None:
+    def _rules(self, identity: Identity, *, listed: bool) -> None:
         """The consortium's rules: may such a caller call this method at all?
+
+        Args:
+            listed: whether the roles that the signed list gives a person count too.
 
         Raises:
             NotPermittedError: with the ids of the rules that say no.
@@ -197,7 +205,7 @@ class Callers:
         state = self.trust.state() if self.trust is not None and self.trust.founded else None
         people = state.admins.people if state is not None else ()
         held = next((person.roles for person in people if person.id == identity.name), ())
-        further = () if identity.role == "node" else tuple(held)
+        further = tuple(held) if listed and identity.role != "node" else ()
         answer = _may(METHOD.get(), identity.role, identity.name, further, self.federation)
         if isinstance(answer, Refused):
             raise NotPermittedError(str(answer))
