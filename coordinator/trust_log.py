@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 from typing import Final
 
 from coordinator.ledger import Ledger, Tx
 from coordinator.log_hub import LogHub
 from coordinator.trust_repository import PublishedFile
+from policies.audit.replay import Replay
 from protocols.errors import NotReadyError
 from protocols.tlog.kinds import TufPublished
 
@@ -61,7 +63,15 @@ def say_published(tx: Tx, files: Iterable[PublishedFile]) -> None:
     for file in files:
         if file.sha256 in known.get((file.role, file.version), frozenset()):
             continue
-        said = TufPublished(
-            role=file.role, version=file.version, sha256=file.sha256, length=len(file.data)
-        )
-        tx.append_own(said, subject=subject_of(file), digest=file.sha256)
+        tx.append_own(partial(_said, file), subject=subject_of(file), digest=file.sha256)
+
+
+def _said(file: PublishedFile, log: Replay) -> TufPublished:
+    """Keys are named where they change, not again with every timestamp."""
+    return TufPublished(
+        role=file.role,
+        version=file.version,
+        sha256=file.sha256,
+        length=len(file.data),
+        speakers=None if file.speakers == log.speakers else file.speakers,
+    )

@@ -28,6 +28,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, Snapshot, Timestamp
 
 from coordinator.clock import Clock
+from policies.audit.speakers import speakers_of
 from policies.trust import Change, check_successor
 from protocols.crypto.signatures import public_bytes
 from protocols.errors import ConfigurationError, FederationError, NotFoundError
@@ -50,6 +51,7 @@ from protocols.governance.repository import (
 )
 from protocols.governance.signers import read_charter
 from protocols.identifiers import Digest, FederationId
+from protocols.tlog.kinds import Speakers
 
 logger = logging.getLogger(__name__)
 ONLINE_KEY: Final = "trust-online.key"
@@ -66,6 +68,7 @@ class PublishedFile:
     version: int
     sha256: Digest
     data: bytes
+    speakers: Speakers | None = None  # with the timestamp: whose keys sign leaves from then on
 
 
 class Announce(Protocol):
@@ -373,7 +376,7 @@ class TrustRepository:
         current = online["metadata/timestamp.json"]
         versioned = {n: d for n, d in online.items() if n != "metadata/timestamp.json"}
         await asyncio.to_thread(self._write, {**files, **versioned})
-        await self.announce(_published({**files, **versioned}))
+        await self.announce(_published({**files, **versioned}, speakers_of(after)))
         root = str(after.root_version).encode()
         await asyncio.to_thread(
             self._write, {"served-root": root, "metadata/timestamp.json": current}
@@ -418,7 +421,7 @@ def _version_of(name: str) -> tuple[str, int]:
     return role, int(version)
 
 
-def _published(files: Mapping[str, bytes]) -> tuple[PublishedFile, ...]:
+def _published(files: Mapping[str, bytes], speakers: Speakers) -> tuple[PublishedFile, ...]:
     """What becomes public, for the log; roots first, the timestamp last."""
     found = []
     for name, data in files.items():
@@ -427,7 +430,13 @@ def _published(files: Mapping[str, bytes]) -> tuple[PublishedFile, ...]:
             continue
         version, _, role = rest.removesuffix(".json").partition(".")
         found.append(
-            PublishedFile(role=role, version=int(version), sha256=sha256_of(data), data=data)
+            PublishedFile(
+                role=role,
+                version=int(version),
+                sha256=sha256_of(data),
+                data=data,
+                speakers=speakers if role == roles.TIMESTAMP else None,
+            )
         )
     order = {roles.ROOT: 0, roles.TARGETS: 1, roles.SNAPSHOT: 3, roles.TIMESTAMP: 4}
     return tuple(sorted(found, key=lambda item: (order.get(item.role, 2), item.role, item.version)))

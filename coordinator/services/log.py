@@ -17,10 +17,11 @@ from coordinator.clock import Clock
 from coordinator.ledger import Ledger, Tx
 from coordinator.log_hub import LogHub, need_leader
 from coordinator.services.caller import Callers
+from policies.audit.replay import LeafRefusedError, peek
 from protocols.errors import MalformedMessageError, NotFoundError
 from protocols.gen import log_pb2, log_pb2_grpc
 from protocols.identifiers import NodeId
-from protocols.tlog.kinds import Role
+from protocols.tlog.kinds import PEOPLE, Role
 from protocols.wire import read_bytes
 
 Context: TypeAlias = grpc.aio.ServicerContext
@@ -92,6 +93,33 @@ class LogService(log_pb2_grpc.LogServicer):
         for entry in entries:  # each by itself: what may stand, stands
             await self._ledger.run("late_leaf", partial(late, node=node, entry=entry))
         return log_pb2.SubmitResponse()
+
+    async def Deliver(
+        self, request: log_pb2.SubmitRequest, context: Context
+    ) -> log_pb2.SubmitResponse:
+        """Append what admins and institutions signed, brought by an operator."""
+        await self._callers.carrier(context)
+        entries = list(request.entries)
+        if not 1 <= len(entries) <= MAX_SUBMIT:
+            raise MalformedMessageError(f"1 to {MAX_SUBMIT} leaves are handed over at once")
+        for entry in entries:
+            await self._ledger.run("statement", partial(deliver, entry=entry))
+        return log_pb2.SubmitResponse()
+
+
+def deliver(tx: Tx, entry: bytes) -> None:
+    """Append a leaf that a person signed.
+
+    Raises:
+        LeafRefusedError, MalformedMessageError, IntegrityError: it is of a kind that goes with an
+            act, or may not stand.
+    """
+    seen = peek(entry)
+    if seen is None:
+        raise MalformedMessageError("no leaf of a kind that people sign")
+    if seen[1].KIND not in PEOPLE:
+        raise LeafRefusedError("log.people", f"{seen[1].KIND} is not for people to hand in")
+    tx.append_leaf(entry)
 
 
 def late(tx: Tx, node: NodeId, entry: bytes) -> None:

@@ -241,6 +241,16 @@ def publish(files: dict[str, bytes], *, folder: Path | None, config: Path | None
         return client.publish_trust(files)
 
 
+def deliver(entry: bytes, *, folder: Path | None, config: Path | None) -> None:
+    """Bring a signed leaf to the coordinator. Raises: what the log refuses, with its rule."""
+    from infra.runs.client import AdminClient
+    from infra.runs.operator import find_operator
+
+    operator = find_operator(folder=folder, config=config, environment=os.environ)
+    with AdminClient(operator) as client:
+        client.deliver(entry)
+
+
 def online_key_of(statement: Path) -> tuple[str, Any]:
     """Federation and online key from a coordinator's founding.json.
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from infra.admin import statement_cli
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -161,6 +163,7 @@ keys = _group("key", "Keys of admins and institutions, the root, its rotation.")
 policies = _group("policy", "The consortium's policy, its rules, the text of GOVERNANCE.md.")
 members = _group("member", "Members: admit, suspend, expel, leave, keys.")
 plans = _group("plan", "Plans of runs, as signed terms.")
+app.add_typer(statement_cli.app, name="statement")
 
 
 # -- keys ------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from protocols.gen import (
     admin_pb2_grpc,
     bulk_pb2,
     bulk_pb2_grpc,
+    log_pb2,
+    log_pb2_grpc,
     trust_pb2,
     trust_pb2_grpc,
 )
@@ -101,6 +103,8 @@ class AdminClient:
         self._bulk = bulk_stub(self._channel)
         trust_stub: Any = trust_pb2_grpc.TrustStub
         self._trust = trust_stub(self._channel)
+        log_stub: Any = log_pb2_grpc.LogStub
+        self._log = log_stub(self._channel)
         self._put = self._channel.stream_unary("/minga.v1.Bulk/Put", None, None)
         self._fetch = self._channel.unary_stream("/minga.v1.Bulk/Fetch", None, None)
 
@@ -219,6 +223,10 @@ class AdminClient:
         """Bring what admins signed; what came into force, in words."""
         request = trust_pb2.PublishTrustRequest(files=dict(files))
         return list(self._call(self._trust.Publish, request, timeout_s=90.0).changes)
+
+    def deliver(self, entry: bytes) -> None:
+        """Bring a leaf that an admin or an institution signed; again is harmless."""
+        self._call(self._log.Deliver, log_pb2.SubmitRequest(entries=[entry]))
 
     # -- blobs -----------------------------------------------------------------------------------
 

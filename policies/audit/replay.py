@@ -9,8 +9,9 @@
 
 and changes nothing unless all hold. The keys come from the log itself: the coordinator's, the
 operators' and the auditors' from ``log.genesis``; a node's from its ``enrol.request`` once the
-authority's ``cert.issued`` says whose key it is. Leaves by roles that nobody has yet (admins,
-institutions) are refused until a signed membership gives them keys (``Replay.admit``).
+authority's ``cert.issued`` says whose key it is. Admins' and institutions' keys come with the
+``tuf.published`` leaf of a timestamp (``speakers``): in force from the next leaf on, until another
+such leaf leaves them out. That they are those of the signed documents is what an auditor checks.
 
 The caller compares ``root`` with a checkpoint; without that, what was read is hearsay.
 Normative text: protocols/spec/log.md, section 12.
@@ -41,6 +42,7 @@ from protocols.tlog.kinds import (
     RoundPlan,
     RoundStart,
     RunRequest,
+    Speakers,
     TufPublished,
     is_about_round,
     parse_round_subject,
@@ -128,6 +130,7 @@ class Replay:
         # Digests of trust metadata by role and version: more than one is two stories.
         self.published: dict[tuple[str, int], frozenset[Digest]] = {}
         self.trees: dict[tuple[RoundId, int], tuple[int, bytes]] = {}  # at each round.start
+        self.speakers: Speakers | None = None  # as named last; None: never
 
     def copy(self) -> Replay:
         """Another one that starts from the same state."""
@@ -136,7 +139,7 @@ class Replay:
         twin.holders, twin.chains = dict(self.holders), dict(self.chains)
         twin.requests, twin.witnesses = dict(self.requests), dict(self.witnesses)
         twin.rounds, twin.trees = dict(self.rounds), dict(self.trees)
-        twin.published = dict(self.published)
+        twin.published, twin.speakers = dict(self.published), self.speakers
         return twin
 
     @property
@@ -272,6 +275,8 @@ class Replay:
         elif isinstance(said, TufPublished):
             name = (said.role, said.version)
             self.published[name] = self.published.get(name, frozenset()) | {Digest(said.sha256)}
+            if said.speakers is not None:
+                self._hear(said.speakers)
         elif isinstance(said, LogClosed):
             self.closed = said
 
@@ -285,6 +290,30 @@ class Replay:
         self.holders[taken.leaf.signer] = taken.holder
         for name, key in said.operator_keys.items():
             self.admit(Role.OPERATOR, name, bytes.fromhex(key))
+
+    def _hear(self, speakers: Speakers) -> None:
+        """Bring these keys into force for admins and institutions, and all others out of it.
+
+        A key that the log knows as somebody else's stays that one's.
+        """
+        self.speakers = speakers
+        named = ((Role.ADMIN, speakers.admin), (Role.INSTITUTION, speakers.institution))
+        wanted = {
+            key_id_of(raw): Holder(role=role, name=name, public_key=raw, since=self.size)
+            for role, names in named
+            for name, keys in names.items()
+            for raw in map(bytes.fromhex, keys)
+        }
+        for key, holder in list(self.holders.items()):
+            if holder.role not in (Role.ADMIN, Role.INSTITUTION):
+                wanted.pop(key, None)
+                continue
+            new = wanted.get(key)
+            if new is None:
+                del self.holders[key]
+            elif (new.role, new.name) == (holder.role, holder.name):
+                del wanted[key]
+        self.holders.update(wanted)
 
     def _certify(self, said: CertIssued) -> None:
         if self.genesis is None:

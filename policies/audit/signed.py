@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 
 from policies.audit.records import Fault
 from policies.audit.replay import Replay, Taken
+from policies.audit.speakers import speakers_of
 from policies.consortium import ConsortiumPolicy
 from policies.overrides import OVERRIDE_PREFIX, Override
 from policies.trust import check_successor, policy_of
@@ -118,7 +119,12 @@ class SignedHistory:
         self.history.append(
             Publication(index=taken.index, state=state, policy=policy, published_at=now)
         )
-        for member in state.members.institutions:
+        if replay.speakers is not None:
+            if replay.speakers != speakers_of(state):
+                reason = "the log names other keys of admins and institutions than were signed"
+                yield Fault.at("policy", taken.index, reason)
+            return
+        for member in state.members.institutions:  # a log from before keys were named in it
             for key in member.keys:
                 if member.status == "active":
                     replay.admit(Role.INSTITUTION, member.id, bytes.fromhex(key))

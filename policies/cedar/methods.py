@@ -39,6 +39,7 @@ ACTIONS: Final[Mapping[str, str]] = {
     "Log/Follow": "readTrust",
     "Log/Prove": "readTrust",
     "Log/Submit": "takePart",
+    "Log/Deliver": "publishTrust",
     "Witness/NextCheckpoint": "takePart",
     "Trust/File": "readTrust",
     "Trust/Approvals": "readTrust",

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\tlog.proto\x12\x08minga.v1\"\x1d\n\rFollowRequest\x12\x0c\n\x04size\x18\x01 \x01(\x04\"=\n\x07LogPage\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x02 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x03 \x01(\x0c\"!\n\x0cProveRequest\x12\x11\n\tleaf_hash\x18\x01 \x01(\x0c\"-\n\rProveResponse\x12\r\n\x05proof\x18\x01 \x01(\x0c\x12\r\n\x05\x65ntry\x18\x02 \x01(\x0c\" \n\rSubmitRequest\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\"\x10\n\x0eSubmitResponse\"\x1e\n\x0eWitnessRequest\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\"=\n\rWitnessAnswer\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x0e\n\x06latest\x18\x03 \x01(\x0c\x32\xb4\x01\n\x03Log\x12\x36\n\x06\x46ollow\x12\x17.minga.v1.FollowRequest\x1a\x11.minga.v1.LogPage0\x01\x12\x38\n\x05Prove\x12\x16.minga.v1.ProveRequest\x1a\x17.minga.v1.ProveResponse\x12;\n\x06Submit\x12\x17.minga.v1.SubmitRequest\x1a\x18.minga.v1.SubmitResponse2R\n\x07Witness\x12G\n\x0eNextCheckpoint\x12\x17.minga.v1.WitnessAnswer\x1a\x18.minga.v1.WitnessRequest(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\tlog.proto\x12\x08minga.v1\"\x1d\n\rFollowRequest\x12\x0c\n\x04size\x18\x01 \x01(\x04\"=\n\x07LogPage\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x02 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x03 \x01(\x0c\"!\n\x0cProveRequest\x12\x11\n\tleaf_hash\x18\x01 \x01(\x0c\"-\n\rProveResponse\x12\r\n\x05proof\x18\x01 \x01(\x0c\x12\r\n\x05\x65ntry\x18\x02 \x01(\x0c\" \n\rSubmitRequest\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\"\x10\n\x0eSubmitResponse\"\x1e\n\x0eWitnessRequest\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\"=\n\rWitnessAnswer\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x0e\n\x06latest\x18\x03 \x01(\x0c\x32\xf2\x01\n\x03Log\x12\x36\n\x06\x46ollow\x12\x17.minga.v1.FollowRequest\x1a\x11.minga.v1.LogPage0\x01\x12\x38\n\x05Prove\x12\x16.minga.v1.ProveRequest\x1a\x17.minga.v1.ProveResponse\x12;\n\x06Submit\x12\x17.minga.v1.SubmitRequest\x1a\x18.minga.v1.SubmitResponse\x12<\n\x07\x44\x65liver\x12\x17.minga.v1.SubmitRequest\x1a\x18.minga.v1.SubmitResponse2R\n\x07Witness\x12G\n\x0eNextCheckpoint\x12\x17.minga.v1.WitnessAnswer\x1a\x18.minga.v1.WitnessRequest(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,7 +48,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WITNESSANSWER']._serialized_start=283
   _globals['_WITNESSANSWER']._serialized_end=344
   _globals['_LOG']._serialized_start=347
-  _globals['_LOG']._serialized_end=527
-  _globals['_WITNESS']._serialized_start=529
-  _globals['_WITNESS']._serialized_end=611
+  _globals['_LOG']._serialized_end=589
+  _globals['_WITNESS']._serialized_start=591
+  _globals['_WITNESS']._serialized_end=673
 # @@protoc_insertion_point(module_scope)

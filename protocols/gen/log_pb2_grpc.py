@@ -52,6 +52,11 @@ class LogStub:
                 request_serializer=log__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=log__pb2.SubmitResponse.FromString,
                 _registered_method=True)
+        self.Deliver = channel.unary_unary(
+                '/minga.v1.Log/Deliver',
+                request_serializer=log__pb2.SubmitRequest.SerializeToString,
+                response_deserializer=log__pb2.SubmitResponse.FromString,
+                _registered_method=True)
 
 
 class LogServicer:
@@ -81,6 +86,13 @@ class LogServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Deliver(self, request, context):
+        """An operator brings leaves that admins or institutions signed. Again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LogServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +108,11 @@ def add_LogServicer_to_server(servicer, server):
             ),
             'Submit': grpc.unary_unary_rpc_method_handler(
                     servicer.Submit,
+                    request_deserializer=log__pb2.SubmitRequest.FromString,
+                    response_serializer=log__pb2.SubmitResponse.SerializeToString,
+            ),
+            'Deliver': grpc.unary_unary_rpc_method_handler(
+                    servicer.Deliver,
                     request_deserializer=log__pb2.SubmitRequest.FromString,
                     response_serializer=log__pb2.SubmitResponse.SerializeToString,
             ),
@@ -182,6 +199,33 @@ class Log:
             request,
             target,
             '/minga.v1.Log/Submit',
+            log__pb2.SubmitRequest.SerializeToString,
+            log__pb2.SubmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Deliver(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/minga.v1.Log/Deliver',
             log__pb2.SubmitRequest.SerializeToString,
             log__pb2.SubmitResponse.FromString,
             options,

@@ -43,6 +43,7 @@ from protocols.tlog.kinds_general import (
     Previous,
     ReleaseApproved,
     ReleaseWithdrawn,
+    Speakers,
     TufPublished,
 )
 from protocols.tlog.kinds_round import (
@@ -72,6 +73,7 @@ from protocols.tlog.leaf import KINDS, Statement
 
 __all__ = [
     "MODELS",
+    "PEOPLE",
     "Approval",
     "AuditReport",
     "Ballot",
@@ -113,6 +115,7 @@ __all__ = [
     "RunRequest",
     "SecaggUsed",
     "SignedRequest",
+    "Speakers",
     "Survivor",
     "TufPublished",
     "UpdateCommit",
@@ -139,6 +142,26 @@ def _all_models() -> dict[str, type[Predicate]]:
 MODELS: Final[Mapping[str, type[Predicate]]] = _all_models()
 if MODELS.keys() != KINDS:  # a kind without a model could say anything
     raise AssertionError(f"kinds and models differ: {MODELS.keys() ^ KINDS}")
+
+
+# What an admin or an institution says by hand; every other kind goes with an act.
+PEOPLE: Final = frozenset(
+    {
+        "audit.report",
+        "ballot",
+        "code.approved",
+        "dataset.declared",
+        "emergency.notice",
+        "eval.report",
+        "incident",
+        "member.statement",
+        "objection.resolved",
+        "override.granted",
+        "policy.proposed",
+        "release.approved",
+        "release.withdrawn",
+    }
+)
 
 
 def read_predicate(kind: str, fields: Mapping[str, Any]) -> Predicate:

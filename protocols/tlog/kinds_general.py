@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from protocols.identifiers import parse_federation_id
 from protocols.tlog.fields import (
@@ -72,6 +72,27 @@ class Heartbeat(Predicate):
 # -- policy, membership, certificates ------------------------------------------------------------
 
 
+MAX_SPEAKERS: Final = 128  # keys in one leaf, so that it stays below its limit
+Keys = Annotated[tuple[KeyText, ...], Field(min_length=1, max_length=MAX_SPEAKERS)]
+
+
+class Speakers(Part):
+    """Keys that may sign leaves from here on, by whose they are. Auditors compare them with the
+    signed documents; nobody else acts on what they sign."""
+
+    admin: Annotated[dict[NodeName, Keys], Field(max_length=MAX_SPEAKERS)]
+    institution: Annotated[dict[NodeName, Keys], Field(max_length=MAX_SPEAKERS)]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        keys = [
+            key for names in (self.admin, self.institution) for k in names.values() for key in k
+        ]
+        if len(set(keys)) != len(keys) or len(keys) > MAX_SPEAKERS:
+            raise ValueError(f"a key stands once, and at most {MAX_SPEAKERS} do")
+        return self
+
+
 class TufPublished(Predicate):
     """A metadata file of the TUF repository is public. Its bytes are a blob of that digest."""
 
@@ -80,6 +101,13 @@ class TufPublished(Predicate):
     version: Annotated[int, Field(ge=1, le=MAX_INT)]
     sha256: DigestText
     length: Count
+    speakers: Speakers | None = None  # with a timestamp: they replace those before; None: as before
+
+    @model_validator(mode="after")
+    def _with_a_timestamp(self) -> Self:
+        if self.speakers is not None and self.role != "timestamp":
+            raise ValueError("speakers stand with a timestamp")
+        return self
 
 
 class PolicyProposed(Predicate):
@@ -173,6 +201,7 @@ class OverrideGranted(Predicate):
     """A rule of the consortium is set aside for one plan."""
 
     KIND = "override.granted"
+    SIGNERS = frozenset({Role.COORDINATOR, Role.ADMIN})
     plan_sha256: DigestText
     rule: Code
     code: Code
