@@ -1,4 +1,4 @@
-"""What admins and institutions say by hand in the round log: who may, who may not, who finds out."""
+"""What admins and institutions say by hand in the log: who may, who may not, who finds out."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_refusals(world):
         signed(log, "home", "member.statement", institution="br-univ-1")
     with pytest.raises(LeafRefusedError, match=r"log\.people"):
         read_statement("round.plan", {})
+    signatures = [{"key": A, "signature": "A" * 512}] * 64
     with pytest.raises(MalformedMessageError, match="at most 32768"):
-        signatures = [{"key": A, "signature": "A" * 512}] * 64
         signed(log, "ana", "release.approved", approvals=signatures)
     first, fork = signed(log, "ana", "ballot"), signed(log, "ana", "ballot", choice="yes")
     log.take(first.entry)
