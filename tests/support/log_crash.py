@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -40,6 +42,7 @@ INSTANTS = [
     "write:after:13",
 ]
 BURST = 15  # leaves of each process
+MORE = 20  # leaves, one by one, of a process that is to die and has not
 LAST = 260  # leaves in the end: beyond the first full tile
 
 
@@ -51,35 +54,41 @@ def die() -> NoReturn:
 
 def arm(at: str) -> None:
     what, when, number = at.split(":")
-    calls = 0
+    numbers = itertools.count(1)
+    under_way = threading.local()  # the ratchet and the tiles are written by two threads
 
-    def counted(original: Any, *, inside: bool = False) -> Any:
+    def counted(original: Any) -> Any:
         def wrapped(*arguments: Any, **named: Any) -> Any:
-            nonlocal calls
-            if not inside:
-                calls += 1
-            now = calls == int(number)
-            if now and (when == "before" or (when == "inside" and inside)):
+            now = under_way.now = next(numbers) == int(number)
+            if now and when == "before":
                 die()
             result = original(*arguments, **named)
-            if calls == int(number) and when == "after" and not inside:
+            if now and when == "after":
                 die()
             return result
 
         return wrapped
 
+    def replaced(*arguments: Any) -> Any:
+        if getattr(under_way, "now", False):
+            die()
+        return replace(*arguments)
+
+    replace = Path.replace
     if what == "commit":
         Ledger._advance = counted(Ledger._advance)  # type: ignore[method-assign]
-    elif when == "inside":  # the temporary file is durable, its name is not changed yet
-        plain = counted(log_files.replace_file)
-        log_files.replace_file = plain
-        log_files.Path.replace = counted(Path.replace, inside=True)  # type: ignore[method-assign]
     else:
         log_files.replace_file = counted(log_files.replace_file)
+        if when == "inside":  # the temporary file is durable, its name is not changed yet
+            log_files.Path.replace = replaced  # type: ignore[method-assign]
 
 
-async def story(folder: Path, target: int) -> None:
-    """Append leaves up to ``target`` and wait until they are published."""
+async def story(folder: Path, target: int, *, more: int) -> None:
+    """Append leaves up to ``target`` and wait until they are published; then one by one ``more``.
+
+    How many leaves share a head, and so how many files are written, is a matter of timing: whoever
+    is to die at some write goes on until it comes.
+    """
     signer = log_signer()
     hub = LogHub(signer.verifier)
     sequencer = Sequencer(key=key("coordinator"), origin=ORIGIN, seen=hub.seen)
@@ -96,17 +105,19 @@ async def story(folder: Path, target: int) -> None:
         )
         writing = asyncio.create_task(writer.run())
         world = World(witnesses=False).begin()
-        while (size := await ledger.read("size", Tx.log_size)) < target:
-            if size < len(world.entries):
-                entry = world.entries[size]
-                await ledger.run("leaf", lambda tx, entry=entry: tx.append_leaf(entry))
-            else:
-                await ledger.run("beat", beat)
-        while not writing.done():
-            found = files.published()
-            if found is not None and found.size >= target:
-                break
-            await asyncio.sleep(0.01)
+        size = await ledger.read("size", Tx.log_size)
+        for wanted in range(max(size, target), max(size, target) + more + 1):
+            while (size := await ledger.read("size", Tx.log_size)) < wanted:
+                if size < len(world.entries):
+                    entry = world.entries[size]
+                    await ledger.run("leaf", lambda tx, entry=entry: tx.append_leaf(entry))
+                else:
+                    await ledger.run("beat", beat)
+            while not writing.done():
+                found = files.published()
+                if found is not None and found.size >= wanted:
+                    break
+                await asyncio.sleep(0.01)
         writing.cancel()
         done = await asyncio.gather(writing, return_exceptions=True)
         assert isinstance(done[0], asyncio.CancelledError), f"the writer ended: {done[0]!r}"
@@ -124,7 +135,7 @@ def child(folder: Path, at: str, target: int) -> int:
         try:
             if at:
                 arm(at)
-            asyncio.run(story(folder, target))
+            asyncio.run(story(folder, target, more=MORE if at else 0))
         except BaseException:  # noqa: BLE001 - a forked child must not go on
             traceback.print_exc()
             os._exit(1)
