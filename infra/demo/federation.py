@@ -67,19 +67,22 @@ class Federation:
         """Whether the coordinator's folder is complete."""
         return (self.folder / COORDINATOR / "config.toml").exists()
 
-    def initialise(self, *, name: str, port: int = 0, governed: bool = False) -> None:
+    def initialise(
+        self, *, name: str, port: int = 0, governed: bool = False, log: bool = True
+    ) -> None:
         """Make keys, certificates, configuration and an empty ledger.
 
         Args:
             name: of the federation.
             governed: nothing runs before admins have signed a root.
+            log: whether the federation keeps a round log.
             port: for nodes, the next one for invitations; 0 takes two that are free.
         """
         main, enrolment = free_ports(2) if port == 0 else (port, port + 1)
         command = self._minga(
             "coordinator", "init", "--dir", str(self.folder), "--federation", name,
             "--address", f"{_HOST}:{main}", "--enrolment", f"{_HOST}:{enrolment}",
-            "--governed" if governed else "--ungoverned",
+            "--governed" if governed else "--ungoverned", "--log" if log else "--no-log",
         )  # fmt: skip
         self.household.run("coordinator init", command, log=self.folder / "init.log")
         (self.folder / "init.log").replace(self.log(COORDINATOR))

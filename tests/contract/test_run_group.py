@@ -38,7 +38,7 @@ synthetic = { delta = 0.001 }
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Two nodes; the second one's agent is not running yet."""
     folder = tmp_path_factory.mktemp("runs") / "federation"
-    with running(folder, nodes=2, start=False) as made:
+    with running(folder, nodes=2, start=False, log=False) as made:
         made.start_node("node-1")
         yield made
 

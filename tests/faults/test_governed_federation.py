@@ -89,6 +89,8 @@ def governed(folder: Path, rounds: int):
                     (data / file).write_text('{"text": "hola", "lang": "es"}\n')
                 federation.join(site, client.invite(site), approving=people.approving(site))
                 federation.declare(site, ["es"])
+            for site in SITES:  # the log's witnesses: what is signed waits for them
+                federation.start_node(site)
             made = complete_plan(
                 written(rounds) | {"terms": TERMS},
                 model,
@@ -99,8 +101,6 @@ def governed(folder: Path, rounds: int):
             )
             people.sign_plan(made.plan, client)
             submit(client, made, model)
-            for site in SITES:
-                federation.start_node(site)
             yield Running(federation=federation, client=client, sites=SITES), people
 
 

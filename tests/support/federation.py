@@ -202,6 +202,7 @@ def running(
     nodes: int | Sequence[str] = 3,
     start: bool = True,
     federation: str = "test",
+    log: bool = True,
 ) -> Iterator[Running]:
     """A coordinator that serves and nodes that have joined; everything is stopped at the end.
 
@@ -210,6 +211,8 @@ def running(
         nodes: how many (node-1, node-2, ...), or their ids.
         start: whether the agents run from the beginning.
         federation: its name.
+        log: whether it keeps a round log. Every node that has joined is a witness: with two of
+            them, one whose agent does not run stops all rounds.
     """
     sites = (
         tuple(f"node-{number + 1}" for number in range(nodes))
@@ -220,7 +223,7 @@ def running(
     folder.mkdir(parents=True, exist_ok=True)
     with Household(folder) as household:
         parts = Federation(folder=folder, household=household)
-        parts.initialise(name=federation)
+        parts.initialise(name=federation, log=log)
         parts.start_coordinator()
         with parts.client() as client:
             parts.wait_until_serving(client)
