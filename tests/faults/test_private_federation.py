@@ -12,14 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from infra.cli import main
 from node_agent.privacy_ledger import PrivacyLedger
+from node_agent.worker.data import index_corpus
+from node_agent.worker.init_model import write_model
+from node_agent.worker.records import Records
 from policies.privacy.budget import SpendStatus
 from policies.privacy.terms import noise_terms
 from protocols.identifiers import RunId
 from protocols.plan import Plan
+from tests.statistics.evidence import fits_scale
 from tests.support.federation import GRID, Running, results, running
+from tests.support.private_worker import plain_sum
+from tests.support.training import reference_model
+from tests.support.worker import TINY, write_text
 
 COORDINATES = 400
 RECORD = {
@@ -127,6 +135,68 @@ def test_record_distributed_adds_noise_of_the_size_that_is_charged(federation):
     want = noise_terms(plan, COORDINATES).share_sigma * np.sqrt(3) / 3
     assert 2 / 3 * want < noise.std() < 3 / 2 * want
     assert spends(federation, "node-2", run) == [SpendStatus.RELEASED]
+
+
+def test_record_distributed_through_real_workers(federation):
+    """Each site's worker clips and sums, its agent adds a share: against the arithmetic itself.
+
+    At a sampling rate of 1 every record is in the sample, so the sum without noise is known.
+    """
+    documents, names = 48, ("lm_head.weight", "model.layers.1.mlp.down_proj.weight")
+    start = federation.folder / "start" / "worked"
+    manifest, _ = write_model(start, config=TINY, seed=7)
+    for number, site in enumerate(federation.sites):
+        path = federation.federation.data_folder(site) / "train.jsonl"
+        write_text(path, documents=documents, seed=number)
+    terms = {"sampling_rate": 1.0, "expected_batch": float(documents), "noise_multiplier": 1.5}
+    torch.set_num_threads(1)
+    run = federation.submit_written(
+        start,
+        {
+            "run": "worked",
+            "mode": "record-distributed",
+            "roster": list(federation.sites),
+            "min_participants": 3,
+            "rounds": 1,
+            "model": {"family": "llama", "config": TINY, "seed": 7},
+            "trainable": list(names),
+            "local_step": {
+                "optimizer": "sgd",
+                "lr": 1.0,
+                "sequence_length": 32,
+                "max_steps": 1,
+                "keep_optimizer": False,
+            },
+            "evaluation": {"languages": []},
+            "vector": {"ring_bits": 20, "scale": {"mode": "fixed", "exponent": 15}},
+            "privacy": RECORD | {"steps": 1, "colluders": 1, "max_sequences": 2} | terms,
+        },
+    )
+    report = federation.confirmed(run)
+
+    plan, theta = plan_of(federation, "node-1", run), np.fromfile(start / "theta.f32", "<f4")
+    chosen = np.concatenate([np.arange(s.start, s.stop) for s in manifest.select(names)])
+    moved = model_of(federation, report) - theta
+    assert np.count_nonzero(np.delete(moved, chosen)) == 0
+    model, wanted = reference_model(theta, manifest), np.zeros(chosen.size)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    for site in federation.sites:
+        path = federation.federation.data_folder(site) / "train.jsonl"
+        records = Records(
+            index_corpus((str(path),)), unit="document", max_sequences=2, sequence_length=32
+        )
+        assert len(records) == documents
+        wanted -= plain_sum(model, [records.read(n) for n in range(documents)], 1.0)
+    wanted /= 3 * documents
+    sigma = noise_terms(plan, chosen.size).share_sigma * np.sqrt(3) / 3
+    noise = moved[chosen] - wanted
+    assert fits_scale(noise, sigma**2)
+    length = np.linalg.norm(wanted)
+    assert length > 25 * sigma, (length, sigma)  # the records agree, and that is in the model:
+    assert abs(noise @ wanted / length) < 5 * sigma
+    for site in federation.sites:
+        assert spends(federation, site, run) == [SpendStatus.RELEASED]
 
 
 def test_a_site_without_a_budget_declines_and_one_that_gives_it_takes_part(federation):

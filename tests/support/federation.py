@@ -100,16 +100,17 @@ class Running:
                 "reveal": 60,
             },
         }
+        return self.submit_written(folder, written | changes)
+
+    def submit_written(self, folder: Path, written: dict[str, Any]) -> RunId:
+        """Submit a run of an author's plan, from the model that lies in ``folder``."""
         model = read_initial_model(folder)
         operator = self.federation.operator()
         made = complete_plan(
-            written | changes,
-            model,
-            federation_of(operator.certificate),
-            self.client.signing_keys(),
+            written, model, federation_of(operator.certificate), self.client.signing_keys()
         )
         submit(self.client, made, model)
-        return RunId(run)
+        return RunId(written["run"])
 
     def wait(
         self,

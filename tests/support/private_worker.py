@@ -87,12 +87,13 @@ def tokens_of(record: Record) -> list[list[int]]:
 
 
 def plain_gradient(model: Any, record: Record) -> np.ndarray:
-    """One record's gradient in float64: one backward, no batch, no padding."""
+    """One record's gradient in float64, of what is trained: one backward, no padding."""
     model.zero_grad()
     rows = tokens_of(record)
     loss = sum(reference_nll(model, tokens) / (len(tokens) - 1) for tokens in rows) / len(rows)
     loss.backward()
-    return np.concatenate([p.grad.double().numpy().reshape(-1) for p in model.parameters()])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return np.concatenate([p.grad.double().numpy().reshape(-1) for p in trained])
 
 
 def clip(gradient: np.ndarray, norm: float) -> np.ndarray:
@@ -102,7 +103,7 @@ def clip(gradient: np.ndarray, norm: float) -> np.ndarray:
 
 def plain_sum(model: Any, records: Sequence[Record], norm: float) -> np.ndarray:
     """S(D)."""
-    total = np.zeros(sum(p.numel() for p in model.parameters()))
+    total = np.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad))
     for record in records:
         total += clip(plain_gradient(model, record), norm)
     return total
