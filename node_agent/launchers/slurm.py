@@ -126,7 +126,8 @@ class SlurmLauncher(Launcher):
     _not_before: float = 0.0
     _killed: tuple[int, int] | None = None  # job and step
     _counted: int = 0  # bad ends of the worker that were counted
-    _late: set[str] = field(default_factory=set)
+    _late: dict[str, str] = field(default_factory=dict)  # what a job waited for when time was over
+    _late_counted: set[str] = field(default_factory=set)
 
     # -- what the agent asks ---------------------------------------------------------------------
 
@@ -181,7 +182,9 @@ class SlurmLauncher(Launcher):
         if self.held:
             return Work(state="failed", refusal=Refusal("slurm.cancelled", self.held))
         if job.deadline_unix is not None and self.now() >= job.deadline_unix:
-            sentence = f"the round's time was over while {self._waiting()}"
+            # It stays what it was then: this may end the allocation, and so change what is said.
+            found = self._late.get(name) or self._late.setdefault(name, self._waiting())
+            sentence = f"the round's time was over while {found}"
             return Work(state="failed", refusal=Refusal("slurm.queue", sentence))
         return replace(work, waiting=self._waiting())
 
@@ -230,8 +233,9 @@ class SlurmLauncher(Launcher):
                 self._poll_at = now + self.config.poll_s
                 self._look()
             self._feel()
+        facts = self._facts()
         self._count_late()
-        answer = decide(self._facts())
+        answer = decide(facts)
         if answer.why != self._why:
             logger.info("Slurm: %s", answer.why)
         self._why = answer.why
@@ -360,11 +364,13 @@ class SlurmLauncher(Launcher):
         """Rounds that were over before the allocation started."""
         allocation = self._remembered().allocation
         queued = allocation is not None and allocation.started_at is None
-        for name in list(self._wanted):
-            refusal = self.work(name).refusal
-            if refusal is None or refusal.rule != "slurm.queue" or name in self._late:
+        for name in list(self._late):  # the agent may have left the round, and forgotten the job
+            if name in self._late_counted:
+                if name not in self._wanted:
+                    self._late_counted.discard(name)
+                    self._late.pop(name, None)
                 continue
-            self._late.add(name)
+            self._late_counted.add(name)
             if allocation is not None and queued:
                 allocation = replace(allocation, missed=allocation.missed + 1)
                 self._keep(allocation)

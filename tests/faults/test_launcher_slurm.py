@@ -141,6 +141,9 @@ class Bench:
                 await self.launcher.tick()
                 assert time.monotonic() < give_up, (what, self.launcher.state, self.log())
                 await asyncio.sleep(0.05)
+            if (step := self.launcher._step_under_way) is not None:  # it ends with this loop
+                await asyncio.wait({step})
+                self.launcher._step_under_way = None
 
         asyncio.run(drive())
 
@@ -316,17 +319,20 @@ def test_a_queue_that_stays_full_past_the_deadline(tmp_path, idle, when_late):
     hog = idle.hog()
     wait(lambda: idle.states()[hog] == "RUNNING", "the stranger's job to run")
     bench = Bench(tmp_path, idle, config={"when_late": when_late})
-    job = bench.job(0, deadline_unix=time.time() + 3.0)
-    bench.until(lambda: bench.allocation is not None, what="a job", jobs=(job,))
+    job = bench.job(0, deadline_unix=time.time() + 3600.0)
+    queued = lambda: "queued in Slurm" in bench.work(job).waiting  # noqa: E731
+    bench.until(queued, what="the queue's wait", jobs=(job,))
     (number,) = bench.mine()
-    bench.until(lambda: "queued in Slurm" in bench.work(job).waiting, what="the queue's wait")
+    bench.launcher.now = lambda: time.time() + 3600.0
 
     work = bench.finish(job)
 
     assert (work.state, work.refusal.rule) == ("failed", "slurm.queue")
     assert "the round's time was over while queued in Slurm for" in work.refusal.reason
     bench.until(lambda: bench.allocation.missed == 1, what="the missed round to be counted")
+    assert bench.work(job) == work  # the reason stays, also once the job is cancelled for it
     bench.launcher.forget(job.id)
+    bench.launcher.now = time.time
     if when_late == "cancel":
         bench.until(lambda: bench.allocation is None, what="the job to be cancelled")
         assert bench.mine() == {number: "CANCELLED"}
