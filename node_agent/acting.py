@@ -686,9 +686,8 @@ class Actor:
             detail=detail,
             answered=False,
         )
-        if stop:
-            await asyncio.to_thread(site.journal.stop_run, round_.run, Refusal(stop, detail))
-        await asyncio.to_thread(site.journal.add_confirm, record)
+        ending = Refusal(stop, detail) if stop else None
+        await asyncio.to_thread(site.journal.add_confirm, record, ending)
         if not stop and computed is not None:
             await asyncio.to_thread(path.unlink, missing_ok=True)
 

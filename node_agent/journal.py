@@ -246,14 +246,17 @@ class Journal:
     def stop_run(self, run: RunId, why: Refusal) -> None:
         """Take no further part in a run. The first reason stays."""
         with self._write() as connection:
-            done = connection.execute(
-                _runs.update()
-                .where(_runs.c.run == run, _runs.c.stopped_code.is_(None))
-                .values(stopped_code=why.rule, stopped_reason=why.reason)
-            )
-            if done.rowcount:
-                detail = {"code": why.rule, "reason": why.reason}
-                self._note(connection, run, None, "stopped", detail)
+            self._stop_run(connection, run, why)
+
+    def _stop_run(self, connection: sa.Connection, run: RunId, why: Refusal) -> None:
+        done = connection.execute(
+            _runs.update()
+            .where(_runs.c.run == run, _runs.c.stopped_code.is_(None))
+            .values(stopped_code=why.rule, stopped_reason=why.reason)
+        )
+        if done.rowcount:
+            detail = {"code": why.rule, "reason": why.reason}
+            self._note(connection, run, None, "stopped", detail)
 
     # -- rounds ----------------------------------------------------------------------------------
 
@@ -508,8 +511,12 @@ class Journal:
             answered=row.answered_at is not None,
         )
 
-    def add_confirm(self, record: ConfirmRecord) -> None:
+    def add_confirm(self, record: ConfirmRecord, stop: Refusal | None = None) -> None:
         """Keep the outcome of the outer step; the first one stands.
+
+        Args:
+            stop: why no further part is taken in the run, from the same instant: an objection of
+                a run that has stopped is still said, and a run that is objected to has stopped.
 
         Raises:
             EquivocationError: the round was released with another sum or model before.
@@ -535,6 +542,8 @@ class Journal:
             )
             what = "objection" if record.objection else "confirm"
             self._note(connection, round_.run, round_.number, what, values)
+            if stop is not None:
+                self._stop_run(connection, round_.run, stop)
 
     def last_confirmed(self) -> tuple[RoundId, ...]:
         """The last round of each run whose model was confirmed, or objected to."""

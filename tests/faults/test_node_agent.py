@@ -252,8 +252,9 @@ def test_another_model_is_objected_to_and_ends_the_part_in_the_run(bench):
     """This node's outer step halves the learning rate, or the coordinator's doubles it."""
     run = bench.federation.submit("disagree", rounds=2)
 
-    def declined(_report: RunReport) -> bool:
-        return ("decline", "model_disagreement") in bench.said(run)
+    def declined(report: RunReport) -> bool:  # and its objection was taken
+        line = next((round_.traffic[0].confirmed for round_ in report.released), "")
+        return bool(line) and ("decline", "model_disagreement") in bench.said(run)
 
     def another(agent: Agent) -> None:
         models = agent.site.models

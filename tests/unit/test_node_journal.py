@@ -206,6 +206,26 @@ def test_a_round_is_released_once(journal):
         journal.add_confirm(other)
 
 
+def test_an_objection_and_the_end_of_the_part_in_the_run_are_one_write(journal, monkeypatch):
+    """Killed between them, a run would have stopped whose objection is never said."""
+    journal.add_run(the_plan())
+    objection = replace(confirmed(computed=None, answered=False), objection="bad")
+
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "_stop_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            journal.add_confirm(objection, NO)
+    assert journal.confirm(objection.round) is None
+    assert journal.run(RUN).stopped is None
+
+    journal.add_confirm(objection, NO)
+    assert journal.confirm(objection.round) == objection
+    assert journal.run(RUN).stopped == NO
+
+
 def test_a_stopped_run_keeps_its_first_reason(journal):
     journal.add_run(the_plan())
     journal.stop_run(RUN, NO)
