@@ -204,12 +204,14 @@ class SlurmLauncher(Launcher):
         A step that takes long goes on in its thread, one at a time: the rounds of a node must not
         wait for a cluster's controller.
         """
-        if self._step_under_way is None:
-            self._step_under_way = asyncio.create_task(asyncio.to_thread(self._tick))
-        done, _ = await asyncio.wait({self._step_under_way}, timeout=_TICK_S)
+        step = self._step_under_way
+        if step is None:
+            step = self._step_under_way = asyncio.create_task(asyncio.to_thread(self._tick))
+        done, _ = await asyncio.wait({step}, timeout=_TICK_S)
         if done:
-            finished, self._step_under_way = self._step_under_way, None
-            finished.result()
+            if self._step_under_way is step:  # two may have waited for it
+                self._step_under_way = None
+            step.result()
 
     async def close(self) -> None:
         """The agent was told to stop: end the allocation, or leave it, as config.toml says."""

@@ -314,6 +314,15 @@ def test_a_lost_answer_of_sbatch_is_no_second_job(tmp_path, idle):
     assert list(bench.mine()) == [bench.allocation.job]
 
 
+def test_two_may_wait_for_the_same_step(tmp_path, idle):
+    bench = Bench(tmp_path, idle)
+
+    async def both() -> None:
+        await asyncio.gather(bench.launcher.tick(), bench.launcher.tick())
+
+    asyncio.run(both())
+
+
 @pytest.mark.parametrize("when_late", ["keep", "cancel"])
 def test_a_queue_that_stays_full_past_the_deadline(tmp_path, idle, when_late):
     hog = idle.hog()
