@@ -219,7 +219,7 @@ class NodeLog:
                     await call.write(log_pb2.WitnessAnswer(status=said.status, body=said.body))
                     failures = 0
             except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
-                pass  # away, or another process leads: ask again
+                logger.debug("no stream of checkpoints: away, or another process leads; ask again")
             except FederationError as error:
                 logger.warning("the witness: %s", error.diagnostics())
             finally:
