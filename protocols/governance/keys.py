@@ -179,6 +179,9 @@ def parse_key(value: object) -> SSlibKey:
     fields = {}
     if HOLDER_FIELD in value:
         fields[HOLDER_FIELD] = parse_holder(value[HOLDER_FIELD]).to_value()
-    key = SSlibKey(keyid, kind, scheme, keyval, fields)
+    try:
+        key = SSlibKey(keyid, kind, scheme, keyval, fields)
+    except ValueError:  # such as a key without its public part
+        raise MalformedMessageError("a key's value has its public part") from None
     check_key(key)
     return key

@@ -92,21 +92,40 @@ def test_a_leaf_that_is_dropped_repeated_or_moved_is_found_before_the_next_check
         assert first.first <= max(high, index + 2)
 
 
-@given(index=st.integers(0, 79), change=st.sampled_from([drop, duplicate, swap, flip]))
+@given(index=st.integers(0, 79), change=st.sampled_from([drop, duplicate, flip]))
 @settings(max_examples=40, deadline=None)
 def test_even_operator_and_witnesses_together_cannot_change_what_others_signed(index, change):
     """All heads are cosigned and the archive is gone; nodes' signatures and chains remain.
 
     A leaf that nobody builds on can be dropped: the last of the log, where its signer has none
-    after it. Two leaves of one moment may change places, as long as nobody saw their order.
+    after it.
     """
     entries = run().entries
-    if index + 1 == len(entries) and change in (drop, swap):
+    if index + 1 == len(entries) and change is drop:
         return
     first = tamper(run(), change(index), "everybody").audit().first
     assert first is not None, f"{change.__name__} of leaf {index}"
     if change in (flip, duplicate):
         assert first.first <= index + 1
+
+
+def test_even_together_they_can_only_move_the_last_words_of_nodes():
+    """Two leaves may change places where neither signer says anything after: nobody saw the order.
+
+    In this log those are the four confirmations before the end; every other swap is found.
+    """
+    entries = run().entries
+    last = len(entries) - 1  # the operator's round.closed: it names what came before
+    confirms = [index for index in kinds_of(run())["round.confirm"] if index > last - 5]
+    assert confirms == list(range(last - 4, last))
+
+    unseen = [
+        index
+        for index in range(last)
+        if tamper(run(), swap(index), "everybody").audit().first is None
+    ]
+
+    assert unseen == confirms[:-1]
 
 
 @pytest.mark.parametrize("power", ["files", "log"])

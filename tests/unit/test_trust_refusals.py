@@ -443,6 +443,8 @@ def test_a_preview_says_what_changes_and_how_many_must_sign():
         {"keyval": {"public": public("ana").hex().upper()}},
         {"keyval": {"public": public("ana").hex(), "more": "x"}},
         {"keyval": {"public": "00" * 32}},  # a point of low order
+        {"keyval": {" ublic": public("ana").hex()}},
+        {"keyval": {}},
         {"keytype": "rsa", "scheme": "rsassa-pss-sha256"},
         {"extra": 1},
         {"x-minga-holder": {"person": "ana"}},
