@@ -23,7 +23,7 @@ import numpy as np
 
 from infra.demo.federation import COORDINATOR, Federation
 from infra.demo.follow import Entry, History
-from infra.demo.processes import Household, tail
+from infra.demo.processes import Child, Household, tail
 from infra.runs.client import AdminClient
 from infra.runs.facts import RoundReport, RunReport
 from infra.runs.plan_file import complete_plan, federation_of, read_initial_model
@@ -31,12 +31,29 @@ from infra.runs.submission import submit
 from protocols.errors import NotReadyError
 from protocols.identifiers import RunId
 from protocols.tensors.manifest import Manifest, TensorSpec
+from tests.support.faulty_coordinator import shift
 
+ROOT = Path(__file__).parents[2]
+CLOCK = "clock"  # file beside coordinator/ that says how far its clock is off
 GRID = 10  # exponent of the fixed scale: 1,024 steps per 1.0
 ON_GRID = 2.0**-GRID  # one step
 PATIENCE_S = 120.0  # a busy machine; nothing waits for it when all goes well
 
 __all__ = ["COORDINATOR", "Running", "running"]
+
+
+class ClockedFederation(Federation):
+    """Its coordinator is the real one with a clock that a test may set."""
+
+    def start_coordinator(self) -> Child:
+        """Start serving; does not wait."""
+        command = self.household.python(
+            "tests.support.faulty_coordinator",
+            *("--dir", str(self.folder), "--clock", str(self.folder / CLOCK)),
+        )
+        return self.household.start(
+            COORDINATOR, command, log=self.log(COORDINATOR), environment={"PYTHONPATH": str(ROOT)}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +187,38 @@ class Running:
                 return entry
         raise AssertionError(f"the history did not get there in time\n{self.logs()}")
 
+    # -- time ------------------------------------------------------------------------------------
+
+    def jump(self, by_s: float) -> None:
+        """Let the coordinator's clock jump; only with ``running(clock=True)``."""
+        shift(self.folder / CLOCK, by_s)
+
+    def pass_deadline(self, run: RunId, phase: str, without: str, *, by_s: float) -> None:
+        """Let the deadline of a phase pass once everybody but one has done what it asks for."""
+        others = set(self.sites) - {without}
+
+        def there(report: RunReport) -> bool:
+            now = report.current
+            return now is not None and now.phase == phase and set(now.ready) >= others
+
+        self.wait(run, there)
+        self.jump(by_s)
+
     # -- processes -------------------------------------------------------------------------------
 
     def start_node(self, site: str) -> None:
         """Start an agent (again)."""
         self.federation.start_node(site)
+
+    def start_held(self, site: str, *, at: str, until: Path) -> None:
+        """Start an agent that stands still at an instant until a file exists (node_crash)."""
+        folder = self.federation.node_folder(site)
+        command = self.household.python(
+            "tests.support.node_crash",
+            *("--dir", str(folder), "--at", at, "--hold", str(until)),
+        )
+        path = {"PYTHONPATH": str(ROOT)}
+        self.household.start(site, command, log=self.federation.log(site), environment=path)
 
     def start_coordinator(self) -> None:
         """Start the coordinator (again) and wait until it answers."""
@@ -204,6 +248,7 @@ def running(
     start: bool = True,
     federation: str = "test",
     log: bool = True,
+    clock: bool = False,
 ) -> Iterator[Running]:
     """A coordinator that serves and nodes that have joined; everything is stopped at the end.
 
@@ -214,6 +259,7 @@ def running(
         federation: its name.
         log: whether it keeps a round log. Every node that has joined is a witness: with two of
             them, one whose agent does not run stops all rounds.
+        clock: whether the coordinator's clock may be set, with ``Running.jump``.
     """
     sites = (
         tuple(f"node-{number + 1}" for number in range(nodes))
@@ -223,7 +269,8 @@ def running(
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with Household(folder) as household:
-        parts = Federation(folder=folder, household=household)
+        kind = ClockedFederation if clock else Federation
+        parts = kind(folder=folder, household=household)
         parts.initialise(name=federation, log=log)
         parts.start_coordinator()
         with parts.client() as client:

@@ -1,13 +1,14 @@
 """A node agent that is killed at a chosen instant, for tests.
 
-    python -m tests.support.node_crash --dir NODE_FOLDER --at METHOD:before|after[:N]
+    python -m tests.support.node_crash --dir NODE_FOLDER --at METHOD:before|after[:N] [--hold FILE]
 
 It is the real agent; one method of its journal, its bulk client or its models is wrapped so that
 SIGKILL strikes right before, or right after, the N-th call (from 1). ``append`` counts raw messages
 of an upload, ``unit`` checked units of a download. In a secure sum ``stage-NAME`` is the moment in
 which a new state becomes durable, ``post-KIND`` the one in which a message is handed in. The
 instant is written to ``crashed`` in the
-node's folder first, so that a test can show that it was reached.
+node's folder first, so that a test can show that it was reached. With ``--hold`` the agent does not
+die there: it waits until the file exists, so that a test decides who is first.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ def strike(folder: Path, at: str) -> None:
         os.fsync(file.fileno())
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
+
+
+def wait_for(file: Path) -> None:
+    """Stand still, in the thread of the call, until a file exists."""
+    while not file.exists():
+        time.sleep(0.02)
 
 
 def wrap(target: Any, name: str, when: str, number: int, die: Callable[[], None]) -> None:
@@ -94,11 +101,14 @@ def wrap_post(kind: str, when: str, die: Callable[[], None]) -> None:
     Connection.ask = wrapped  # type: ignore[method-assign]
 
 
-def arm(folder: Path, at: str) -> None:
-    """Install one crash."""
+def arm(folder: Path, at: str, hold: Path | None = None) -> None:
+    """Install one crash, or one wait for a file."""
     name, when, number = (*at.split(":"), "1")[:3]
 
     def die() -> None:
+        if hold is not None:
+            wait_for(hold)
+            return
         strike(folder, at)
 
     if name.startswith("stage-"):
@@ -119,9 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--at", default="")
+    parser.add_argument("--hold", type=Path, default=None)
     options = parser.parse_args()
     if options.at:
-        arm(options.dir, options.at)
+        arm(options.dir, options.at, options.hold)
     node = NodeFolder(options.dir)
 
     async def work() -> None:
