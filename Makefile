@@ -4,7 +4,7 @@
 #   make test ARGS="-k merkle"  arguments for pytest; every target passes ARGS on
 #   make test JOBS=1          one test at a time; two by default, whole files to each
 
-.PHONY: help venv demo test slurm-test bench bench-peers lint fmt proto clean
+.PHONY: help venv demo test slurm-test bench bench-peers bench-page lint fmt proto clean
 .DEFAULT_GOAL := help
 
 # The first Python that is new enough and can make environments; or say it: make venv PYTHON=...
@@ -17,7 +17,7 @@ JOBS = 2
 PACKAGES = protocols policies coordinator node_agent infra
 
 help:
-	@echo "make venv | demo | test | slurm-test | bench | bench-peers | lint | fmt | proto | clean   (ARGS=... is passed on)"
+	@echo "make venv | demo | test | slurm-test | bench | bench-peers | bench-page | lint | fmt | proto | clean   (ARGS=... is passed on)"
 
 venv: .venv/installed
 
@@ -43,6 +43,9 @@ bench: venv
 
 bench-peers: venv
 	.venv/bin/python -m tests.bench.peers $(ARGS)
+
+bench-page: venv
+	.venv/bin/python -m tests.bench.page
 
 lint: venv
 	.venv/bin/ruff check .

@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.bench import auditing, floor, logging_rate, masking, ours
+from tests.bench.page import RESULTS, keep
 from tests.bench.peers.__main__ import PEERS, default_work, peer_rows
-from tests.bench.rows import Row, report, table, together
+from tests.bench.rows import Row, table, together
 
 GROUPS = ("bulk", "round", "masking", "audit", "memory", "peers")
-OUT = Path(__file__).parents[2] / "bench" / "out" / "results.json"
+QUICK_RESULTS = RESULTS.parent / "out" / "quick.json"  # not what the page shows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +174,7 @@ def sha256_speed() -> float:
 
 def machine() -> dict[str, object]:
     """What the figures were taken on, and of which commit."""
-    git = ["git", "-C", str(OUT.parents[2]), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(RESULTS.parents[1]), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "cpus": os.cpu_count(),
@@ -182,6 +182,7 @@ def machine() -> dict[str, object]:
         "sha256_mb_per_s": round(sha256_speed()),
         "python": platform.python_version(),
         "commit": commit or None,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
 
@@ -192,23 +193,28 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2.5 M parameters, few repetitions")
     parser.add_argument("--work", type=Path, default=default_work(), help="cache of the peers")
     parser.add_argument("--scratch", type=Path, help="folder for temporary files; wants 16 GB")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
+    parser.add_argument("--params", action="append", type=int, help="of whole rounds; repeatable")
+    parser.add_argument("--turns", type=int, help="of whole rounds")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
     options = parser.parse_args()
     groups = options.only or [name for name in GROUPS if name != "peers"]
     if options.peers and "peers" not in groups:
         groups = [*groups, "peers"]
+    amount = QUICK if options.quick else FULL
+    amount = replace(
+        amount, sizes=tuple(options.params or amount.sizes), turns=options.turns or amount.turns
+    )
     settings = Settings(
-        amount=QUICK if options.quick else FULL,
+        amount=amount,
         work=options.work.absolute(),
         scratch=options.scratch,
     )
     found_on = machine()
     rows = run(groups, settings)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"machine": found_on, **report(rows)}
-    options.out.write_text(json.dumps(facts, indent=1) + "\n")
+    out = options.out or (QUICK_RESULTS if options.quick else RESULTS)
+    keep(rows, found_on, out)
     print(table(rows))
-    print(f"\nwritten to {options.out}")
+    print(f"\nwritten to {out}")
 
 
 if __name__ == "__main__":

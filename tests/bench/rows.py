@@ -40,6 +40,11 @@ class Spread:
             values=tuple(values),
         )
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, float]) -> Spread:
+        """What ``to_json`` keeps; the single values are not in it."""
+        return cls(minimum=value["min"], median=value["median"], maximum=value["max"], values=())
+
     def to_json(self) -> dict[str, float]:
         return {
             "min": round(self.minimum, 4),
@@ -63,6 +68,15 @@ class Row:
     leaves_per_s: float | None = None  # of the round log
     note: str = ""
     skipped: str | None = None  # why there is no measurement; then every figure is None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Row:
+        """A row as it was kept."""
+        spreads = {
+            name: None if value[name] is None else Spread.from_json(value[name])
+            for name in ("seconds_per_round", "mb_per_s")
+        }
+        return cls(**{**value, **spreads})
 
     def to_json(self) -> dict[str, Any]:
         rss = self.server_peak_rss_mb
