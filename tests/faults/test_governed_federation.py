@@ -1,4 +1,4 @@
-"""A governed federation of real processes: all admin keys change while a run goes on.
+"""A governed federation of real processes: keys change in mid-run, and no site is talked into it.
 
 Coordinator and agents are processes over mutual TLS; updates are synthetic. Every node asks what
 is in force before every round, so a node that could not follow the rotation would decline.
@@ -7,6 +7,7 @@ is in force before every round, so a node that could not follow the rotation wou
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from infra.demo.policy import TERMS, demo_policy
 from infra.demo.processes import Household
 from infra.runs.plan_file import complete_plan, federation_of, read_initial_model
 from infra.runs.submission import submit
+from node_agent.cli.showing import journal_facts
 from node_agent.code_digest import installed_code
 from policies.consortium import ConsortiumPolicy
 from policies.trust import POLICY_DOCUMENT
@@ -34,12 +36,12 @@ from tests.support.federation import GRID, ON_GRID, Running
 SITES = ("ar-norte", "br-sul")
 
 
-def written(rounds: int) -> dict:
+def written(rounds: int, sites: tuple[str, ...]) -> dict:
     return {
         "run": "run-1",
         "mode": "open",
-        "roster": sorted(SITES),
-        "min_participants": len(SITES),
+        "roster": sorted(sites),
+        "min_participants": len(sites),
         "rounds": rounds,
         "model": {"family": "vector"},
         "local_step": {"kind": "synthetic", "synthetic": {"delta": ON_GRID}},
@@ -53,8 +55,20 @@ def written(rounds: int) -> dict:
 
 
 @contextmanager
-def governed(folder: Path, rounds: int):
-    """A founded federation of two sites at work on a signed plan."""
+def governed(
+    folder: Path,
+    rounds: int,
+    sites: tuple[str, ...] = SITES,
+    rules: Mapping[str, str] | None = None,
+):
+    """A founded federation of sites at work on a signed plan.
+
+    Args:
+        folder: empty.
+        rounds: of the plan.
+        sites: who takes part.
+        rules: what stands in the ``policy.cedar`` of some of them.
+    """
     start = folder / "start"
     start.mkdir(parents=True)
     (start / "manifest.json").write_bytes(Manifest((TensorSpec("vector", (1000,)),)).to_bytes())
@@ -63,36 +77,38 @@ def governed(folder: Path, rounds: int):
     with Household(folder) as household:
         federation = Federation(folder=folder, household=household)
         federation.initialise(name="demo", governed=True)
-        people = DemoGovernance(folder=folder, sites=SITES)
+        people = DemoGovernance(folder=folder, sites=sites)
         people.make_people()
         federation.start_coordinator()
         with federation.client() as client:
             federation.wait_until_serving(client)
             name = federation_of(federation.operator().certificate)
-            first = complete_plan(written(rounds), model, name)
+            first = complete_plan(written(rounds, sites), model, name)
             policy = demo_policy(
                 federation=FederationId("demo"),
-                sites=SITES,
+                sites=sites,
                 base=first.snapshot.model_root,
                 code=installed_code(),
                 admins=[holder.person for holder in ADMINS],
                 threshold=THRESHOLD,
-                witnesses=2,
+                witnesses=len(sites),
                 now=datetime.now(UTC),
                 min_countries=MIN_COUNTRIES,
             )
             people.found({POLICY_DOCUMENT: policy.to_bytes()}, client)
-            for site in SITES:
+            for site in sites:
                 data = federation.data_folder(site)
                 data.mkdir(parents=True)
                 for file in ("train.jsonl", "valid.jsonl"):
                     (data / file).write_text('{"text": "hola", "lang": "es"}\n')
                 federation.join(site, client.invite(site), approving=people.approving(site))
                 federation.declare(site, ["es"])
-            for site in SITES:  # the log's witnesses: what is signed waits for them
+                if rules and site in rules:
+                    (federation.node_folder(site) / "policy.cedar").write_text(rules[site])
+            for site in sites:  # the log's witnesses: what is signed waits for them
                 federation.start_node(site)
             made = complete_plan(
-                written(rounds) | {"terms": TERMS},
+                written(rounds, sites) | {"terms": TERMS},
                 model,
                 name,
                 client.signing_keys(),
@@ -101,7 +117,7 @@ def governed(folder: Path, rounds: int):
             )
             people.sign_plan(made.plan, client)
             submit(client, made, model)
-            yield Running(federation=federation, client=client, sites=SITES), people
+            yield Running(federation=federation, client=client, sites=sites), people
 
 
 def released(count: int):
@@ -146,3 +162,33 @@ def test_all_admin_keys_rotate_in_mid_run_and_no_round_stops(tmp_path):
         )
         stop = propose_emergency(people.base(), "stop", deny=deny, code="drill")
         assert people.enact("stop", stop, ["admin-cl", "admin-pe"], running.client)
+
+
+FORBID = 'forbid (principal, action == Minga::Action::"joinRound", resource is Minga::RoundPlan)'
+TALKED_INTO_IT = {
+    # A site file that tries to allow what nobody else does.
+    "ar-norte": (f'@id("site.yes") permit{FORBID[6:]};', "a site can only forbid"),
+    # A condition that errors: Cedar skips such a rule, and would answer Allow.
+    "br-sul": (
+        f'@id("site.sum") {FORBID} when {{ 4611686018427387904 * 4 > resource.gpuMinutes }};',
+        "cedar.condition_error",
+    ),
+    # An attribute that the schema does not know.
+    "uy-este": (f'@id("site.x") {FORBID} when {{ context.nope > 3 }};', "does not fit the schema"),
+}
+
+
+@pytest.mark.slow
+def test_a_site_file_that_permits_errs_or_is_wrong_means_no(tmp_path):
+    """Three real agents, each with a file that is no plain narrowing: all three say no."""
+    rules = {site: text for site, (text, _) in TALKED_INTO_IT.items()}
+    with governed(tmp_path, rounds=1, sites=tuple(TALKED_INTO_IT), rules=rules) as (running, _):
+        run = RunId("run-1")
+        report = running.wait(run)
+        assert report.status != "done"
+        assert not report.released
+        for site, (_, says) in TALKED_INTO_IT.items():
+            lines = journal_facts(running.federation.node_folder(site), run="run-1", last=None)
+            said = [str(line) for line in lines if line["what"] == "decline"]
+            assert said, lines
+            assert all(says in line for line in said), said
