@@ -11,6 +11,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ INSIDE = {
     "protocols/secagg/messages.py:_Message.from_bytes": "likewise",
     "protocols/secagg/codec.py:from_bytes": "what each message's from_bytes is made of",
     "protocols/secagg/codec.py:from_json": "likewise",
-    "protocols/governance/repository.py:_Reader.read": "test_trust_parsers changes every file of it",
+    "protocols/governance/repository.py:_Reader.read": "test_trust_parsers changes each file",
     "policies/document.py:parse_utc": "the check of a field; its ValueError is the model's",
     "policies/document.py:parse_share": "likewise",
     "policies/document.py:read_section": "takes what from_value took",
@@ -221,7 +222,9 @@ SEEDS: dict[str, tuple[bytes, Parse]] = {
         REQUEST.to_bytes(),
         lambda data: open_request(SigningRequest.read(data), trusted_root=None, now=NOW),
     ),
-    "protocols/identifiers.py:parse_federation_id": (b"demo", text(identifiers.parse_federation_id)),
+    "protocols/identifiers.py:parse_federation_id": (
+        b"demo", text(identifiers.parse_federation_id),
+    ),
     "protocols/identifiers.py:parse_node_id": (b"site-a", text(identifiers.parse_node_id)),
     "protocols/identifiers.py:parse_run_id": (b"run-1", text(identifiers.parse_run_id)),
     "protocols/identifiers.py:parse_digest": (b"0" * 64, text(identifiers.parse_digest)),
@@ -355,10 +358,8 @@ def damaged(draw: Any, seed: bytes) -> bytes:
 @given(data=st.data())
 def test_it_is_read_or_refused(name, data):
     seed, parse = ROWS[name]
-    try:
+    with suppress(FederationError):  # and of nobody else
         parse(data.draw(damaged(seed)))
-    except FederationError as error:
-        assert str(error)  # one sentence, and never a traceback of somebody else's
 
 
 # Their keys are nobody's here.
