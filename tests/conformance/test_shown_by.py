@@ -1,8 +1,8 @@
 """Governance, identity and policy: each attack that was promised a refusal, and the tests of it.
 
 The table is read, not believed: a test that it names must exist, and whoever renames one sees this
-file fail. All but those marked so are refusals by the real services: gRPC over mutual TLS, tuf's own
-client, real processes.
+file fail. They are refusals by the real services: gRPC over mutual TLS, tuf's own client, real
+processes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ BOTH = (
     f"{SIGNED}::test_the_coordinator_does_not_publish_it",
     f"{SIGNED}::test_a_node_does_not_take_it_from_a_coordinator_that_serves_it",
 )
+TRUST = "tests/property/test_trust_parsers.py"
 SITE = f"{PROCESSES}::test_a_site_file_that_permits_errs_or_is_wrong_means_no"
 
 SHOWN_BY: dict[str, tuple[str, ...]] = {
@@ -71,14 +72,13 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "every parser of documents from outside": (
         "tests/property/test_parsers_from_outside.py::test_every_parser_has_a_row_or_a_reason",
         "tests/property/test_parsers_from_outside.py::test_it_is_read_or_refused",
-        "tests/property/test_trust_parsers.py"
-        "::test_a_repository_with_one_change_is_refused_or_the_same",
+        f"{TRUST}::test_a_repository_with_one_change_is_refused_or_the_same",
     ),
 }
 
 
 @cache
-def tests_of(path: str) -> frozenset[str]:
+def defined_in(path: str) -> frozenset[str]:
     file = ROOT / path
     if not file.exists():
         return frozenset()
@@ -88,7 +88,7 @@ def tests_of(path: str) -> frozenset[str]:
 
 def missing(test: str) -> bool:
     path, _, name = test.partition("::")
-    return not name.startswith("test_") or name not in tests_of(path)
+    return not name.startswith("test_") or name not in defined_in(path)
 
 
 @pytest.mark.parametrize("attack", sorted(SHOWN_BY))
