@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import resource
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from coordinator.drivers.retention import RetentionDriver
 from coordinator.drivers.rounds import RoundDriver
 from coordinator.layouts import Layouts
 from coordinator.ledger import Ledger
+from coordinator.limits import Limits
 from coordinator.log_parts import LogParts, open_log
 from coordinator.log_push import push
 from coordinator.services.accounting import AccountingService
@@ -33,6 +35,7 @@ from coordinator.services.bulk import BulkService, raw_handlers
 from coordinator.services.caller import Callers
 from coordinator.services.enrolment import EnrolmentService, RenewalService
 from coordinator.services.errors import ErrorInterceptor
+from coordinator.services.guard import Guard
 from coordinator.services.log import LogService, WitnessService
 from coordinator.services.rounds import RoundsService
 from coordinator.services.secure_sum import SecureSumService
@@ -56,13 +59,14 @@ from protocols.gen import (
 logger = logging.getLogger(__name__)
 
 MAX_CONTROL_MESSAGE = 6 * 2**20  # bytes: a plan, a manifest's hashes; payload messages are 1 MiB
+MAX_ENROLMENT_MESSAGE = 65_536  # bytes
 _GRACE_S = 3.0
 # Receive window of one stream, bytes. gRPC's own probe lets the windows of 33 senders grow to
 # gigabytes when the disk is slower than the senders; a fixed window bounds memory by the number of
 # streams, and one stream's speed by window / round trip.
 STREAM_WINDOW = 2 * 2**20
+_FILES_KEPT = 512  # file descriptors that connections leave to the ledger, blobs and logs
 _CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
-    ("grpc.max_receive_message_length", MAX_CONTROL_MESSAGE),
     ("grpc.max_send_message_length", MAX_CONTROL_MESSAGE),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
     ("grpc.keepalive_time_ms", 210_000),  # middleboxes drop idle connections
@@ -71,7 +75,35 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", STREAM_WINDOW),
     ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
+    # Whoever opens a connection has this long for TLS and HTTP/2 to begin; one that is used by
+    # nobody is closed. A node has a poll under way all the time.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 900_000),
+    ("grpc.max_concurrent_streams", 128),
+    ("grpc.max_metadata_size", 16_384),
+    ("grpc.absolute_max_metadata_size", 32_768),
+    # Identity alone: limits are of what is sent, and so they are of what is unpacked.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.per_message_decompression", 0),
 )
+
+
+def _options(limits: Limits, largest: int) -> list[tuple[str, int]]:
+    """What gRPC itself holds callers to."""
+    room = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _FILES_KEPT)
+    return [
+        *_CHANNEL_OPTIONS,
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_allowed_incoming_connections", min(limits.connections, room)),
+    ]
+
+
+def use_all_files() -> None:
+    """Raise this process's own limit of open files to what the machine allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else 1_048_576
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,9 +186,10 @@ def _read_key(path: Path) -> bytes:
 
 def main_server(parts: Parts) -> grpc.aio.Server:
     """The mutual-TLS server with every service."""
+    limits = parts.config.limits
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
-        options=_CHANNEL_OPTIONS,
+        interceptors=[ErrorInterceptor(Guard(limits))],
+        options=_options(limits, MAX_CONTROL_MESSAGE),
         maximum_concurrent_rpcs=4096,
     )
     callers, ledger, clock = parts.callers, parts.ledger, parts.clock
@@ -228,9 +261,10 @@ def main_server(parts: Parts) -> grpc.aio.Server:
 
 def enrolment_server(parts: Parts) -> grpc.aio.Server:
     """The server for callers without a certificate."""
+    limits = parts.config.limits
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
-        options=[*_CHANNEL_OPTIONS[2:], ("grpc.max_receive_message_length", 65_536)],
+        interceptors=[ErrorInterceptor(Guard(limits, joins=True))],
+        options=_options(limits, MAX_ENROLMENT_MESSAGE),
         maximum_concurrent_rpcs=64,
     )
     service = EnrolmentService(
@@ -296,6 +330,7 @@ _M_ARENA_MAX = -8  # from glibc's malloc.h
 async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
     """Serve until SIGTERM or SIGINT."""
     keep_heap_small()
+    use_all_files()
     parts = await build(config, clock or SystemClock())
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -32,6 +32,8 @@ ends = 2027-01-01                   # left out: for ever
 [log]                               # no section: the federation keeps no round log
 folder = "../log"                   # the static directory
 http = "0.0.0.0:8080"               # serves log/ and tuf/ read-only; left out: nobody
+[limits]                            # of one caller; coordinator/limits.py has all of them
+calls_per_s = 100.0
 [[log.witness]]                     # beside those of nodes; each must cosign
 vkey = "witness.example/w1+…"
 url = "https://witness.example"
@@ -40,13 +42,14 @@ url = "https://witness.example"
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from coordinator.limits import Limits
 from policies.privacy.budget import Allowance, midnight
 from policies.privacy.caps import EVERYBODY, Cap
 from policies.privacy.sensitivity import Unit
@@ -156,6 +159,7 @@ class _File(_Section):
     governance: _Governance = _Governance()
     privacy: _Privacy = _Privacy()
     log: _Log | None = None
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +192,7 @@ class CoordinatorConfig:
     governed: bool  # a run, an invitation and a certificate need what the admins signed
     log: LogConfig | None  # None: no round log
     caps: tuple[Cap, ...] = ()  # privacy that the federation allows
+    limits: Limits = field(default_factory=Limits)  # what one caller may use
 
 
 def ledger_url(url: str, folder: Path) -> str:
@@ -236,6 +241,7 @@ def load_config(path: Path) -> CoordinatorConfig:
         trust=(folder / file.governance.folder).resolve(),
         governed=file.governance.require,
         caps=tuple(budget.cap() for budget in file.privacy.budget),
+        limits=file.limits,
         log=(
             LogConfig(
                 folder=(folder / file.log.folder).resolve(),

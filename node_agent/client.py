@@ -55,6 +55,9 @@ OPTIONS: Final = (
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.use_local_subchannel_pool", 1),
+    # Nothing is compressed, so that no small message can become a large one.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.per_message_decompression", 0),
 )
 
 
@@ -114,6 +117,8 @@ def rebuild_error(error: grpc.aio.AioRpcError, address: str) -> FederationError:
             return UnreachableError(f"no answer from {address}: {what}", retry_after_s=0.0)
         case grpc.StatusCode.UNAUTHENTICATED:
             return NotEnrolledError(sentence or f"{address} does not know this certificate")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in sentence:
+            return RefusedError(f"{address}: {sentence}")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return TooManyRequestsError(sentence or f"{address} takes no more for now")
         case grpc.StatusCode.UNIMPLEMENTED:

@@ -13,12 +13,12 @@
     |  |- EquivocationError             a second, different statement
     |  |- ConflictingUploadError        other bytes for the same upload
     |  |- PlanRefusedError              a rule forbids it: rule id and reason
-    |  |- ConfigurationError            a file at the site is missing or wrong
-    |  `- TooManyRequestsError          the peer's rate or size limit
+    |  `- ConfigurationError            a file at the site is missing or wrong
     |- NotReadyError                    nothing is wrong: try again later    exit 4
     |  |- UnreachableError              nobody answers
     |  |- LedgerBusyError               another process holds the ledger
     |  |- OffsetError                   resume from another offset
+    |  |- TooManyRequestsError          the caller's share is used up for now
     |  |- StorageFullError              no room at the spool
     |  `- WorkerError                   the worker died, hung or failed
     `- IntegrityError                   stop, keep the evidence              exit 5
@@ -155,12 +155,6 @@ class ConfigurationError(RefusedError):
     code = "configuration"
 
 
-class TooManyRequestsError(RefusedError):
-    """The peer asked for more than its share."""
-
-    code = "too_many_requests"
-
-
 class UnreachableError(NotReadyError):
     """Nobody answers there."""
 
@@ -182,6 +176,12 @@ class OffsetError(NotReadyError):
     def __init__(self, message: str, *, expected: int) -> None:
         super().__init__(message, retry_after_s=0.0)
         self.expected = expected
+
+
+class TooManyRequestsError(NotReadyError):
+    """The caller asked for more than its share; it says when to come again."""
+
+    code = "too_many_requests"
 
 
 class StorageFullError(NotReadyError):

@@ -200,13 +200,13 @@ def test_a_certificate_is_renewed_with_a_new_key(door):
 class Upload:
     """A vector of node a for the round in ``door``."""
 
-    def __init__(self, door, coordinates=4_000_000, fill=b"\x05"):
-        self.plan = door.make_run(coordinates=coordinates)
+    def __init__(self, door, coordinates=4_000_000, fill=b"\x05", run="r1"):
+        self.plan = door.make_run(run, coordinates=coordinates)
         self.round = door.open_round(self.plan)
         self.layout = door.parts.layouts.of(self.plan, 0)
         size = self.layout.packed_size(round_ring(self.plan))
         self.data = (fill * size)[:size]
-        self.start = door.snapshots["r1"].model_root
+        self.start = door.snapshots[run].model_root
         self.key = door.signing_key("a")
 
     def header(self, data=None, **changes):
