@@ -149,7 +149,9 @@ class WitnessService(log_pb2_grpc.WitnessServicer):
         node = await self._callers.cosigner(context)
         hub, stream = self._hub, aiter(answers)
         need_leader(hub)
-        first = await anext(stream)
+        first = await anext(stream, None)
+        if first is None:
+            raise MalformedMessageError("a witness says first what it cosigned last")
         hub.greet(node, first.latest, now=self._now())
         while True:
             need_leader(hub)
