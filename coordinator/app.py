@@ -314,7 +314,7 @@ def static_server(config: CoordinatorConfig) -> StaticServer | None:
     if config.log is None or config.log.http is None:
         return None
     tuf = config.log.folder.parent / "tuf"
-    return StaticServer(config.log.http, {"log": config.log.folder, "tuf": tuf})
+    return StaticServer(config.log.http, {"log": config.log.folder, "tuf": tuf}, config.limits)
 
 
 def keep_heap_small() -> None:
