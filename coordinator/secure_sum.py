@@ -245,6 +245,8 @@ class Sum:
         if chosen is None:
             raise WrongPhaseError(f"round {self.row.round} has no survivor list yet")
         headers = self.signed(UPLOAD)
+        if not chosen <= headers.keys():  # the list is of another attempt than was asked for
+            raise WrongPhaseError(f"{self.attempt} has no survivor list")
         return lists.make_survivors({node: headers[node] for node in chosen})
 
     def listed(self) -> Listed:

@@ -13,9 +13,10 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from protocols.tensors.snapshot import Snapshot
 from tests.bench.peers.apps.bench_events import GRAIN, PERIOD, STRIDE, first_model
 from tests.bench.processes import Stage, TooLongError, free_port, wait_for_port
 
+T = TypeVar("T")
 DELTA = 1e-3  # what each node adds in a round
 RUN = "bench-1"
 TENSOR = "w"
@@ -86,8 +88,8 @@ class Federation:
             raise ChildProcessError(f"{name} ended with {done.returncode}: {said}")
         return done.stdout
 
-    def start_coordinator(self, *, log: bool = True) -> subprocess.Popen[bytes]:
-        """Make the coordinator's folder and serve it.
+    def initialise(self, *, log: bool = True) -> None:
+        """Make the coordinator's folder.
 
         Args:
             log: whether it keeps a round log; light nodes sign nothing for one.
@@ -99,12 +101,26 @@ class Federation:
             "--log" if log else "--no-log", name="coordinator init",
         )  # fmt: skip
         self.address, self.enrolment = address, enrolment
+
+    def start_coordinator(self, *, log: bool = True) -> subprocess.Popen[bytes]:
+        """Make the coordinator's folder and serve it."""
+        self.initialise(log=log)
+        return self.serve()
+
+    def start_after(self, work: Callable[[Path], T]) -> tuple[subprocess.Popen[bytes], T]:
+        """Make the folder of a coordinator without a log, do something with it, then serve it."""
+        self.initialise(log=False)
+        found = work(self.folder)
+        return self.serve(), found
+
+    def serve(self) -> subprocess.Popen[bytes]:
+        """Serve the folder that was made."""
         process = self._stage.start(
             "coordinator",
             [sys.executable, "-m", "infra.cli", "coordinator", "serve", "--dir", str(self.folder)],
             role="server",
         )
-        wait_for_port(int(address.rpartition(":")[2]), process=process, timeout_s=60)
+        wait_for_port(int(self.address.rpartition(":")[2]), process=process, timeout_s=60)
         return process
 
     def invitations(self, institutions: list[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import subprocess
@@ -178,7 +179,7 @@ def soak(*, nodes: int, rounds: int, params: int, work: Path | None) -> list[Any
 def soak_rows(watch: Watch, opened: Sequence[float], *, nodes: int, params: int) -> list[Any]:
     """The lines of a soak, from its samples and the moments at which rounds were opened."""
     rounds = len(opened)
-    seconds = sorted(b - a for a, b in zip(opened, opened[1:], strict=False))
+    seconds = sorted(b - a for a, b in itertools.pairwise(opened))
     settled = [
         (at_round(sample, opened), sample)
         for sample in watch.between(opened[0], opened[-1])
@@ -211,9 +212,7 @@ def soak_rows(watch: Watch, opened: Sequence[float], *, nodes: int, params: int)
     ]  # fmt: skip
 
 
-def _start(
-    stage: Stage, module: str, folder: Path, job: dict[str, Any]
-) -> subprocess.Popen[bytes]:
+def _start(stage: Stage, module: str, folder: Path, job: dict[str, Any]) -> subprocess.Popen[bytes]:
     path = folder / "job.json"
     path.touch(mode=0o600)
     path.write_text(json.dumps(job))
@@ -374,7 +373,7 @@ def main() -> int:
     lines = [line for part in PARTS for line in kept["parts"].get(part, [])]
     facts = {
         "schema": FIGURES, "title": "Load", "repeat": "make load", "machine": found_on,
-        "text": "A coordinator in the long run, for many who ask, and beside a member that attacks.",
+        "text": "A coordinator in the long run, for many who ask, and while a member attacks.",
         "rows": lines, "parts": kept["parts"],
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)

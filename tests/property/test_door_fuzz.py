@@ -342,6 +342,33 @@ def test_a_method_that_is_none_is_not_implemented(plain, method):
     assert caught.value.code().name == "UNIMPLEMENTED"
 
 
+# -- what was found ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "sent", "status"),
+    [
+        # the coordinator looked for headers of an attempt that nobody had uploaded in: KeyError
+        ("member", "SecureSum/Get", [secure_sum_pb2.GetRequest(
+            round=rounds_pb2.RoundRef(run="sec", number=0), attempt=255, kind="survivors")],
+         "FAILED_PRECONDITION"),
+        # a stream that ends before its first message: StopAsyncIteration
+        ("a", "Witness/NextCheckpoint", [], "INVALID_ARGUMENT"),
+        # bytes that are no message: gRPC itself says UNKNOWN
+        ("a", "Rounds/Join", [b"\xff\xff"], "INVALID_ARGUMENT"),
+        ("a", "Rounds/Sync", [], "INVALID_ARGUMENT"),
+    ],
+)  # fmt: skip
+def test_reproductions(plain, logged, name, method, sent, status):
+    raws = [one if isinstance(one, bytes) else one.SerializeToString() for one in sent]
+    target = logged if method.startswith("Witness/") else plain
+    call = target.names[name].channel.stream_stream(f"/minga.v1.{method}", None, None)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call(iter(raws), timeout=PATIENCE_S))
+    assert caught.value.code().name == status
+    assert dict(caught.value.trailing_metadata())["minga-code"]
+
+
 # -- afterwards ----------------------------------------------------------------------------------
 
 
