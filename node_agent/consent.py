@@ -6,6 +6,7 @@ site.mode         the mode of the sum is not in [allow] modes
 site.flower_app   the Flower app is not in [allow] flower_apps
 site.base_model   the plan trains a base model that the site has no folder for
 site.data         there is no training text, or it cannot be read
+site.held_out     scores of text that is not public could be of this site alone
 site.disk         the model does not fit on the disk
 """
 
@@ -20,6 +21,7 @@ from node_agent.rules import Refusal
 from node_agent.worker.data import DataError, find_files
 from protocols.plan import Plan
 
+MIN_SITES = 3  # that an opened score of text that is not public depends on, at least
 _STATES = 3  # two models are kept and one is made at a time
 _VECTORS = 2  # an encoded vector and a downloaded sum
 
@@ -94,6 +96,31 @@ def check_site(plan: Plan, config: NodeConfig, facts: SiteFacts) -> Refusal | No
         return Refusal("site.data", f"training text: {facts.train}")
     if step.kind != "synthetic" and plan.evaluation.languages and facts.valid is not None:
         return Refusal("site.data", f"held-out text: {facts.valid}")
+    return check_scores(plan, config)
+
+
+def check_scores(plan: Plan, config: NodeConfig) -> Refusal | None:
+    """Whether scores of this site's held-out text may be opened as the plan opens them.
+
+    Without ``evaluation.sites`` nobody knows how many sites a figure is of: one site's language
+    would be its score alone. In mode open everything is seen anyway.
+    """
+    scores = plan.local_step.kind != "synthetic" and plan.evaluation.languages
+    if plan.mode == "open" or not scores or config.data.valid_public:
+        return None
+    if plan.evaluation.sites is None:
+        return Refusal(
+            "site.held_out",
+            "the plan opens held-out scores by language and does not say which sites hold which:"
+            " a figure could be of this site alone. The plan needs [evaluation.sites], or the text"
+            " is public: config.toml [data] valid_public",
+        )
+    if plan.evaluation.min_sites < MIN_SITES:
+        return Refusal(
+            "site.held_out",
+            f"the plan opens held-out scores of {plan.evaluation.min_sites} sites; this site wants"
+            f" at least {MIN_SITES} where its text is not public",
+        )
     return None
 
 

@@ -45,7 +45,7 @@ from protocols.noise.noise_table import NoiseShare, NoiseTable
 from protocols.noise.rounding import encode_bounded
 from protocols.plan import Plan
 from protocols.plan_privacy import RECORD_MODES
-from protocols.round_vector import metric_names, round_layout, round_ring
+from protocols.round_vector import by_stratum, metric_names, round_layout, round_ring
 from protocols.tensors.behind import Behind
 from protocols.tensors.encode import (
     check_finite,
@@ -155,7 +155,9 @@ def synthetic_work(constant: float, layout: VectorLayout) -> LocalWork:
     )
 
 
-def metrics_of(work: LocalWork, *, weight: int, plan: Plan, index: int) -> dict[str, int]:
+def metrics_of(
+    work: LocalWork, *, weight: int, plan: Plan, index: int, node: NodeId
+) -> dict[str, int]:
     """The metrics of a round's vector: whole numbers, capped below 2**48.
 
     A negative loss counts as zero: metrics are not negative. ``clamped`` is filled in by the
@@ -184,11 +186,12 @@ def metrics_of(work: LocalWork, *, weight: int, plan: Plan, index: int) -> dict[
     names = metric_names(plan, index)
     if plan.vector.resources:
         values |= coordinates(work.resources)
+    scores = by_stratum(plan, node, work.evaluation)
     for name in names:
-        kind, slash, language = name.partition("/")
+        kind, slash, stratum = name.partition("/")
         if not slash:
             continue
-        nll, size, documents = work.evaluation.get(language, (0.0, 0, 0))
+        nll, size, documents = scores.get(stratum, (0.0, 0, 0))
         values[name] = capped(
             {"nll_millinats": 1e3 * nll, "bytes": size, "documents": documents}[kind]
         )
@@ -306,7 +309,7 @@ def _encoder(
     weight = weight_units(work.tokens, plan.vector.weight_cap_tokens)
     noise = _noise_of(plan, terms.index, layout)
     common: dict[str, Any] = {
-        "metrics": metrics_of(work, weight=weight, plan=plan, index=terms.index),
+        "metrics": metrics_of(work, weight=weight, plan=plan, index=terms.index, node=terms.node),
         "ring": ring,
         "weight_units": weight,
     }

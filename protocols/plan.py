@@ -32,6 +32,7 @@ from protocols.identifiers import (
     parse_federation_id,
     parse_run_id,
 )
+from protocols.plan_evaluation import Evaluation
 from protocols.plan_model import Model, check_factors, factors_in
 from protocols.plan_privacy import SHARED_NOISE_MODES, Privacy, check_privacy
 from protocols.plan_terms import Terms
@@ -39,7 +40,6 @@ from protocols.plan_types import (
     Count,
     Finite,
     KeyText,
-    Language,
     NodeName,
     NonNegative,
     Part,
@@ -47,6 +47,7 @@ from protocols.plan_types import (
     Seconds,
 )
 from protocols.secagg.threshold import MAX_ROSTER, SecaggTerms
+from protocols.strata import Strata, strata_of
 
 PLAN_SCHEMA: Final = "minga.plan/1"
 
@@ -160,27 +161,6 @@ class Deadlines(Part):
     reveal: Seconds = 120
 
 
-class Evaluation(Part):
-    """Held-out evaluation of each round's starting model, at the sites, through the same sum."""
-
-    languages: tuple[Language, ...] = Field(default=(), max_length=64)
-    max_documents: Count | None = None  # per site
-    final: bool = True  # one evaluation-only round after the last training round
-    every: int = Field(default=1, ge=1, le=10**6)  # rounds
-
-    @field_validator("languages", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("languages")
-    @classmethod
-    def _unique(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if list(value) != sorted(set(value)):
-            raise ValueError("evaluation.languages must be unique and in ascending order")
-        return value
-
-
 class SecureAggregation(Part):
     """Sizes of the secure sum; needed by every mode but ``open``."""
 
@@ -251,10 +231,36 @@ class Plan(Part):
                 raise ValueError("secagg.keys: two nodes have the same key")
             if self.min_participants < max(3, terms.threshold):
                 raise ValueError("secagg: min_participants must be at least the threshold and 3")
+        self._check_strata()
         if self.model.lora is not None:
             check_factors(self.trainable, self.model.lora)
         check_privacy(self)
         return self
+
+    def _check_strata(self) -> None:
+        if strangers := sorted(set(self.evaluation.sites or ()) - set(self.roster)):
+            raise ValueError(f"evaluation.sites: {strangers[0]} is not on the roster")
+        try:
+            _ = self.strata
+        except ValueError as error:
+            raise ValueError(f"evaluation.sites: {error}") from None
+
+    # -- held-out figures --------------------------------------------------------------------
+
+    @property
+    def strata(self) -> Strata | None:
+        """What is opened of held-out text; None: sums by language, as the plan lists them.
+
+        A masked sum may lack as many nodes as the plan lets it lose: they do not count.
+        """
+        declared = self.evaluation.sites
+        if not declared:
+            return None
+        lost = 0
+        if self.secagg is not None:
+            lost = len(self.roster) - max(self.secagg.threshold, self.secagg.min_surviving)
+        sites = tuple((n, t.country, t.languages) for n, t in sorted(declared.items()))
+        return strata_of(sites, self.evaluation.min_sites + lost)
 
     # -- rounds of the run -------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_finite)]
 Count = Annotated[int, Field(ge=1, le=2**53 - 1)]
 Seconds = Annotated[int, Field(ge=1, le=30 * 86_400)]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,8}(-[a-z0-9]{1,8})*$")]
+Country = Annotated[str, Field(pattern=r"^[A-Z]{2}$")]  # ISO 3166
 NodeName = Annotated[str, AfterValidator(parse_node_id)]
 KeyText = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DigestText = Annotated[str, AfterValidator(parse_digest)]

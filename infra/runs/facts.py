@@ -21,6 +21,7 @@ from protocols.identifiers import RoundId
 from protocols.plan import Plan
 from protocols.plan_privacy import promise
 from protocols.rounds_codec import from_ms
+from protocols.strata import is_country
 from protocols.wire import read_round
 
 ENDED: Final = frozenset({"done", "stopped", "failed"})  # states of a run that never change again
@@ -121,7 +122,8 @@ class RoundReport:
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
-        """By language, of the round's starting model; languages without text are left out."""
+        """By language, and by country where the plan opens that, of the round's starting model;
+        what holds no text is left out."""
         found = {}
         for name in sorted(self.metrics):
             head, slash, language = name.partition("/")
@@ -138,7 +140,8 @@ class RoundReport:
     @property
     def bits_per_byte(self) -> float | None:
         """Over all languages together: one quotient of sums."""
-        return sum(self.evaluations.values(), NOTHING_READ).bits_per_byte
+        every = (value for name, value in self.evaluations.items() if not is_country(name))
+        return sum(every, NOTHING_READ).bits_per_byte
 
     @property
     def training_loss(self) -> float | None:

@@ -20,6 +20,7 @@ from infra.runs.costs import Line, Prices, Used, by_institution, by_round
 from infra.runs.facts import RoundReport, RunReport, Traffic, human_bytes, sparkline
 from infra.runs.spent import spent_table
 from protocols.gen import rounds_pb2
+from protocols.strata import ELSEWHERE, OTHER
 
 PHASES: Final = ("Open", "Training", "Dealing", "Uploading", "Committing", "Revealing", "Released")
 _BOX: Final = box.SIMPLE_HEAD
@@ -139,10 +140,12 @@ def learning_table(run: RunReport) -> RenderableType | None:
     languages = run.languages()
     if not languages:
         return None
-    parts = [
+    parts: list[RenderableType] = [
         _learning_sheet(run, languages[start : start + _ACROSS], first=start == 0)
         for start in range(0, len(languages), _ACROSS)
     ]
+    if {OTHER, ELSEWHERE} & set(languages):
+        parts.append(Text(f"{OTHER}, {ELSEWHERE}: what too few sites hold to be opened by itself"))
     return Group(*parts)
 
 

@@ -114,6 +114,16 @@ def test_a_language_is_evaluated_by_its_own_sums_and_all_by_the_sum_of_sums():
     assert round_.bits_per_byte == pytest.approx(3.5, abs=1e-5)
 
 
+def test_countries_count_no_text_twice():
+    facts = round_facts(0, bits=2.0)
+    for kind in ("nll_millinats", "bytes", "documents"):
+        facts.metrics[f"{kind}/PE"] = facts.metrics[f"{kind}/pt"]
+    (round_,) = run_facts(facts).rounds
+
+    assert round_.evaluations["PE"].bits_per_byte == pytest.approx(4.0, abs=1e-5)
+    assert round_.bits_per_byte == pytest.approx(3.5, abs=1e-5)
+
+
 def test_the_training_loss_is_a_mean_over_tokens():
     (round_,) = run_facts(round_facts(0, bits=2.0)).rounds
 

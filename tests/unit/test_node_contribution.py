@@ -201,7 +201,7 @@ def test_metrics_are_capped_not_wrapped():
     plan = the_plan()
     huge = work(np.zeros(D, np.float32), tokens=2**60, loss_nats=-3.0, seconds=1e20)
 
-    values = metrics_of(huge, weight=1, plan=plan, index=0)
+    values = metrics_of(huge, weight=1, plan=plan, index=0, node=plan.roster_ids[0])
 
     assert values["tokens"] == values["train_ms"] == 2**48 - 1
     assert values["loss_micronats"] == 0  # metrics are not negative

@@ -17,6 +17,7 @@ from policies.audit.spending import SpendingUnknownError, spending, spent_claims
 from protocols.errors import FederationError
 from protocols.identifiers import Digest, RoundId
 from protocols.round_vector import round_layout, round_ring
+from protocols.strata import is_country
 from protocols.tensors.manifest import Manifest
 from protocols.tensors.metrics import decode_metrics
 from protocols.tensors.planar import PackedVector
@@ -256,7 +257,8 @@ def _curves(
             kind, _, language = name.partition("/")
             size = metrics.get(f"bytes/{language}", 0)
             if kind == "nll_millinats" and size:
-                total = [total[0] + nll, total[1] + size]
+                if not is_country(language):  # the same text again
+                    total = [total[0] + nll, total[1] + size]
                 curves.setdefault(language, []).append((round_.number, _bits(nll, size)))
         if total[1]:
             curves.setdefault("", []).append((round_.number, _bits(*total)))
