@@ -17,7 +17,7 @@ JOBS = 2
 PACKAGES = protocols policies coordinator node_agent infra
 
 help:
-	@echo "make venv | demo | test | slurm-test | bench | bench-peers | bench-page | lint | fmt | proto | clean   (ARGS=... is passed on)"
+	@echo "make venv | demo | test | slurm-test | bench | bench-learning | bench-peers | bench-page | lint | fmt | proto | clean   (ARGS=... is passed on)"
 
 venv: .venv/installed
 
@@ -40,6 +40,10 @@ slurm-test: venv
 
 bench: venv
 	.venv/bin/python -m tests.bench $(ARGS)
+
+# Long; every finished row is kept under bench/out/learning. make bench-learning ARGS='--data DIR'
+bench-learning: venv
+	.venv/bin/python -m tests.bench.learning $(ARGS)
 
 bench-peers: venv
 	.venv/bin/python -m tests.bench.peers $(ARGS)
