@@ -317,7 +317,7 @@ def _state(value: Any) -> str:
         value = value.get("current")
     if isinstance(value, list):
         value = value[0] if value else None
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise MalformedMessageError(f"Slurm shows a job without a state: {value!r:.80}")
     return value.split()[0].rstrip("+").upper()  # "CANCELLED by 1000" in some versions
 

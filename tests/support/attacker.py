@@ -63,6 +63,8 @@ class Attacker:
         counts = self.counts.setdefault(name, Counter())
         while not self.stop.exists():
             for _ in range(20):
+                if name != "joins" and self.stop.exists():
+                    return
                 try:
                     counts[await work()] += 1
                 except grpc.aio.AioRpcError as error:

@@ -58,7 +58,8 @@ def _range(field: FieldDescriptor) -> tuple[int, int]:
 
 def _kind(field: FieldDescriptor) -> str:
     names = ("INT32", "INT64", "UINT32", "UINT64", "SINT32", "SINT64", "FIXED32", "FIXED64")
-    for name in (*names, "SFIXED32", "SFIXED64", "BOOL", "STRING", "BYTES", "MESSAGE"):
+    more = ("SFIXED32", "SFIXED64", "BOOL", "STRING", "BYTES", "MESSAGE", "DOUBLE", "FLOAT")
+    for name in (*names, *more):
         if field.type == getattr(FieldDescriptor, f"TYPE_{name}"):
             return name
     raise NotImplementedError(f"{field.full_name}: teach the fuzzer this type")
@@ -71,6 +72,8 @@ def value(field: FieldDescriptor, pool: Sequence[Any] = ()) -> st.SearchStrategy
     match kind:
         case "BOOL":
             return st.booleans()
+        case "DOUBLE" | "FLOAT":
+            return st.floats(width=64 if kind == "DOUBLE" else 32)
         case "STRING":
             return st.sampled_from([*known, *WORDS]) | st.text(max_size=12)
         case "BYTES":
