@@ -4,7 +4,7 @@
 #   make test ARGS="-k merkle"  arguments for pytest; every target passes ARGS on
 #   make test JOBS=1          one test at a time; two by default, whole files to each
 
-.PHONY: help venv demo test slurm-test bench bench-peers bench-page lint fmt proto clean
+.PHONY: help venv demo test slurm-test bench bench-peers bench-page load fuzz docs lint fmt proto clean
 .DEFAULT_GOAL := help
 
 # The first Python that is new enough and can make environments; or say it: make venv PYTHON=...
@@ -17,7 +17,7 @@ JOBS = 2
 PACKAGES = protocols policies coordinator node_agent infra
 
 help:
-	@echo "make venv | demo | test | slurm-test | bench | bench-learning | bench-peers | bench-page | lint | fmt | proto | clean   (ARGS=... is passed on)"
+	@echo "make venv | demo | test | slurm-test | bench | bench-learning | bench-peers | bench-page | load | fuzz | docs | lint | fmt | proto | clean   (ARGS=... is passed on)"
 
 venv: .venv/installed
 
@@ -50,6 +50,18 @@ bench-peers: venv
 
 bench-page: venv
 	.venv/bin/python -m tests.bench.page
+
+# 33 nodes for 100 rounds, 1,000 nodes that ask, a member that attacks: bench/load.json.
+load: venv
+	.venv/bin/python -m tests.bench.load $(ARGS)
+
+# Many times what `make test` sends to every method and parser; coverage-guided where atheris is.
+fuzz: venv
+	.venv/bin/python -m tests.fuzz $(ARGS)
+
+# docs/promises.md: its words are in docs/promises.toml, its figures are those of the last runs.
+docs: venv
+	.venv/bin/python -m tests.promises
 
 lint: venv
 	.venv/bin/ruff check .

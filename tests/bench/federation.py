@@ -181,7 +181,13 @@ class Federation:
         with operator_stub(self.folder) as stub:
             return stub.ShowRun(admin_pb2.ShowRunRequest(run=RUN), timeout=20)
 
-    def wait_until_done(self, job: Job, watched: dict[str, subprocess.Popen[bytes]]) -> Any:
+    def wait_until_done(
+        self,
+        job: Job,
+        watched: dict[str, subprocess.Popen[bytes]],
+        *,
+        ends: subprocess.Popen[bytes] | None = None,
+    ) -> Any:
         """Until the run has ended well; its facts.
 
         It asks every few seconds only, not to disturb what is measured.
@@ -195,6 +201,8 @@ class Federation:
             if facts.status == "done":
                 return facts
             phases = [f"{entry.phase.name} ({entry.why})" for entry in facts.rounds]
+            if ends is not None and ends.poll() not in (None, 0):
+                raise ChildProcessError(f"the nodes ended with {ends.returncode}")
             if facts.status != "active":
                 raise ChildProcessError(f"the run is {facts.status}: {phases[-1:]}")
             for name, process in watched.items():

@@ -162,16 +162,16 @@ def soak(*, nodes: int, rounds: int, params: int, work: Path | None) -> list[Any
             "enrolment": federation.enrolment, "run": RUN,
             "invitations": federation.invitations(names),
         }  # fmt: skip
-        _start(stage, "tests.bench.signing_nodes", folder, job)
+        players = _start(stage, "tests.bench.signing_nodes", folder, job)
         until = time.monotonic() + 180
         while not (folder / "enrolled").exists():
-            if time.monotonic() > until:
+            if players.poll() is not None or time.monotonic() > until:
                 raise ChildProcessError(stage.tail("tests.bench.signing_nodes"))
             time.sleep(0.2)
         played = Job(params=params, nodes=nodes, rounds=rounds - 2, timeout_s=30.0 * rounds)
         with Watch(process.pid, federation.folder) as watch:
             federation.submit(played, names)
-            facts = federation.wait_until_done(played, {"coordinator": process})
+            facts = federation.wait_until_done(played, {"coordinator": process}, ends=players)
     opened = [entry.times[0].entered_at_ms / 1000 for entry in facts.rounds]
     return soak_rows(watch, opened, nodes=nodes, params=params)
 

@@ -121,7 +121,7 @@ class SigningNode(LightNode):
             bytes=header.size,
         )
         leaf = self._leaf(round_, said, "commit")
-        self._commits = {str(round_): leaf.leaf}
+        self._commits = {str(round_): leaf.leaf_hash}
         await bulk.upload(
             self._connection,
             self._vectors.folder / record.file,

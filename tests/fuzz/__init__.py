@@ -1,0 +1,1 @@
+"""Fuzzing for longer than a test run: ``make fuzz``."""

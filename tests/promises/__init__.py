@@ -1,0 +1,1 @@
+"""docs/promises.md: what Minga promises, the tests that show it, and the figures."""
