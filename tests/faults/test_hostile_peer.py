@@ -30,7 +30,7 @@ from tests.support.federation import COORDINATOR, PATIENCE_S, Running, results
 
 SITES = ("node-1", "node-2", "node-3")
 MALLORY = "mallory"
-ROUNDS = 3
+ROUNDS = 2
 COORDINATES = 600_000
 MB = 1e6
 # What the attacker may cost beyond the peak of the quiet run. Its calls under way are 64 of one
@@ -137,11 +137,11 @@ def wait_for(condition, household: Household) -> None:
         time.sleep(0.1)
 
 
-def play(running: Running, run: str) -> tuple[Any, float, Sampled]:
+def play(running: Running, run: str, rounds: int = ROUNDS) -> tuple[Any, float, Sampled]:
     """A run to its end: results, seconds, and the coordinator meanwhile."""
     with Sampled(running.household.child(COORDINATOR).popen.pid) as sampled:
         begun = time.monotonic()
-        name = running.submit(run, rounds=ROUNDS, coordinates=COORDINATES)
+        name = running.submit(run, rounds=rounds, coordinates=COORDINATES)
         report = running.confirmed(RunId(name), timeout_s=4 * PATIENCE_S)
         return results(report), time.monotonic() - begun, sampled
 
@@ -177,8 +177,8 @@ def test_honest_nodes_finish_while_a_member_attacks(federation):
         assert not answers.keys() & {"INTERNAL", "UNKNOWN", "OK"}, name
     # memory is bounded, and the door is open afterwards
     assert during.rss_mb < before.rss_mb + ALLOWED_MB
-    again, _, after = play(running, "afterwards")
-    assert again == quiet
+    again, _, after = play(running, "afterwards", rounds=1)
+    assert again == quiet[:1]
     assert after.rss_mb < before.rss_mb + ALLOWED_MB
     connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE_S)
     connection.request("GET", "/log/checkpoint")

@@ -11,7 +11,6 @@ MINGA_FUZZ_EXAMPLES says how many messages each method gets; `make fuzz` sends m
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -39,12 +38,11 @@ from protocols.gen import (
 from protocols.tlog.kinds import RoundJoin
 from tests.contract.test_door import Upload, begin, finish, ping
 from tests.support.door import Door, enrol_request
-from tests.support.fuzzing import BYTES, edited, methods, raw
+from tests.support.fuzzing import BYTES, EXAMPLES, edited, methods, raw
 from tests.support.leaves import World as Leaves
 from tests.support.secure_nodes import SecureNode, SecureRound
 from tests.support.trust import World as Trusted
 
-EXAMPLES = int(os.environ.get("MINGA_FUZZ_EXAMPLES", "12"))
 LIMITS = replace(
     Limits(), calls_per_s=1e6, calls_burst=1e9, joins_per_s=1e6, joins_burst=1e9, calls_open=4096
 )

@@ -32,12 +32,14 @@ from protocols.errors import FederationError, MalformedMessageError
 from protocols.gen import admin_pb2, rounds_pb2
 from protocols.rounds_codec import to_ms
 from tests.support.audit_disk import copy_run
-from tests.support.fuzzing import changed, edited, messages
+from tests.support.fuzzing import EXAMPLES, changed, edited, messages
 from tests.support.plans import MANIFEST, plan
 from tests.support.trust import NOW
 
 SOME = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
@@ -213,14 +215,14 @@ def shown() -> rounds_pb2.SyncResponse:
 ANSWER = shown()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=3 * EXAMPLES, deadline=None)
 @given(message=changed(ANSWER) | messages(rounds_pb2.SyncResponse.DESCRIPTOR))
 def test_a_node_reads_or_refuses_what_a_coordinator_shows(message):
     with suppress(FederationError):
         read_view(message)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=2 * EXAMPLES, deadline=None)
 @given(run=st.data())
 def test_a_node_reads_or_refuses_one_run(run):
     made = rounds_pb2.SyncResponse(version=1, now_ms=to_ms(NOW))
@@ -229,7 +231,7 @@ def test_a_node_reads_or_refuses_one_run(run):
         read_view(made)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=2 * EXAMPLES, deadline=None)
 @given(message=messages(admin_pb2.RunFacts.DESCRIPTOR))
 def test_an_operator_reads_or_refuses_what_a_coordinator_tells(message):
     with suppress(FederationError):
@@ -248,7 +250,7 @@ def mirrored(tmp_path_factory):
     return copy_run(tmp_path_factory.mktemp("mirrored") / "log")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=2 * EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_a_damaged_log_is_read_or_refused(mirrored, data):
     """Whatever one file holds: the reader says what is torn, or that it cannot be read."""

@@ -12,6 +12,7 @@ blobs that are there, signed headers. Hypothesis shrinks what it finds.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 import protocols.gen
 
+EXAMPLES = int(os.environ.get("MINGA_FUZZ_EXAMPLES", "12"))  # `make fuzz` asks for many
 WORDS = [
     "", "a", "b", "demo", "r1", "sec", "none", "Open", "Uploading", "running", "paused", "start",
     "survivors", "commit", "deal", "0" * 64, "f" * 64, "metadata/root.json", "1.root.json",
