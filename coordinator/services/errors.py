@@ -25,6 +25,7 @@ from coordinator.services.guard import Guard, caller_of
 from protocols.errors import (
     FederationError,
     MalformedMessageError,
+    TooManyRequestsError,
     error_details,
     grpc_status_name,
 )
@@ -39,7 +40,9 @@ async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
     if isinstance(error, FederationError):
         trailing = [("minga-code", error.code)]
         trailing += [(f"minga-{k.replace('_', '-')}", v) for k, v in error_details(error).items()]
-        logger.info("%s: %s [%s]", method, error, error.code)
+        # Whoever asks too much would also fill the diagnostics: the guard says it now and then.
+        level = logging.DEBUG if isinstance(error, TooManyRequestsError) else logging.INFO
+        logger.log(level, "%s: %s [%s]", method, error, error.code)
         status = grpc.StatusCode[grpc_status_name(error)]
         await context.abort(status, str(error), tuple(trailing))
     reference = secrets.token_hex(4)

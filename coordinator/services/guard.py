@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +23,14 @@ from coordinator.limits import BULK, PRICES, Bucket, Limits, is_full, take, too_
 from protocols.canonical import sha256_hex
 from protocols.errors import NotReadyError, TooManyRequestsError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Context: TypeAlias = grpc.aio.ServicerContext
 MAX_CALLERS: Final = 20_000  # buckets that are kept
 LATE_S: Final = 0.5  # how long a refused call waits for its answer
 WAITING: Final = 64  # refused calls of one caller that wait at the same time
 WAITING_ALL: Final = 512
+TELL_S: Final = 10.0  # between two lines about refused calls
 
 
 @lru_cache(maxsize=4096)
@@ -87,6 +90,7 @@ class Guard:
         self._buckets: dict[str, Bucket] = {}
         self._open: dict[tuple[str, bool], int] = {}  # (caller, bulk) -> calls under way
         self._waiting: dict[str, int] = {}
+        self._told: tuple[float, int] | None = None  # when, and how many were refused by then
 
     async def admit(self, method: str, caller: str) -> None:
         """Take the price of a call.
@@ -159,8 +163,18 @@ class Guard:
                 del kept[next(iter(kept))]
             self._buckets = kept
 
+    def _tell(self, caller: str) -> None:
+        now = self._clock()
+        at, before = self._told or (now - TELL_S, 0)
+        if now - at >= TELL_S:
+            self._told = (now, self.refused)
+            logger.warning(
+                "%d calls were over the limits, the last by %.200s", self.refused - before, caller
+            )
+
     async def _late(self, caller: str) -> None:
         self.refused += 1
+        self._tell(caller)
         waiting = self._waiting.get(caller, 0)
         if waiting >= WAITING or sum(self._waiting.values()) >= WAITING_ALL:
             return

@@ -192,6 +192,22 @@ def test_ten_thousand_joins_in_a_second_are_two_thousand_and_others_do_not_notic
     asyncio.run(go())
 
 
+def test_a_flood_is_told_in_a_line_now_and_then(caplog):
+    async def go():
+        of, clock = make(Limits(calls_burst=1, calls_per_s=0.001))
+        for _ in range(3):
+            await admitted(of, "mallory", 500)
+            clock.now += guard.TELL_S / 2
+
+    with caplog.at_level("DEBUG"):
+        asyncio.run(go())
+    lines = [r.getMessage() for r in caplog.records if r.name == guard.__name__]
+    assert lines == [
+        "1 calls were over the limits, the last by mallory",
+        "999 calls were over the limits, the last by mallory",
+    ]
+
+
 def test_many_callers_do_not_make_the_table_grow(monkeypatch):
     monkeypatch.setattr(guard, "MAX_CALLERS", 100)
 
