@@ -32,6 +32,7 @@ from protocols.tensors.sizes import UNIT
 from protocols.tlog.merkle import leaf_hash
 
 MAX_MESSAGE = 2**20  # bytes of payload in one raw message
+MAX_KNOWN = 4096  # files whose durable offset is remembered; of others it is read back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,9 @@ class Spool:
         if known is None:
             known = await asyncio.to_thread(_verified_prefix, arriving)
             self._durable[arriving.path] = known
+            if len(self._durable) > MAX_KNOWN:
+                idle = (path for path in self._durable if path not in self._streams)
+                self._durable.pop(next(idle, arriving.path))
         return known
 
     def forget(self, arriving: Arriving) -> None:

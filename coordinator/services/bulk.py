@@ -45,6 +45,7 @@ from protocols.upload import UploadHeader, check_unit_hashes, verify_header
 from protocols.wire import read_bytes, read_digest_bytes
 
 _MAX_BLOB = 2**42  # bytes
+_MAX_PUTS = 64  # announced blobs that are remembered: each may have megabytes of hashes
 BATCH = 4 * 2**20  # bytes of a stream after which the caller is looked at again
 Context: TypeAlias = grpc.aio.ServicerContext
 
@@ -311,7 +312,10 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
             path=self._spool.root / "put" / digest, total=request.size, unit_hashes=hashes
         )
         self._spool.check_room(request.size)
+        self._puts.pop(digest, None)
         self._puts[digest] = arriving
+        if len(self._puts) > _MAX_PUTS:  # whoever announced that one announces it again
+            del self._puts[next(iter(self._puts))]
         durable = await self._spool.durable(arriving)
         if durable == request.size:  # complete, but the answer or the naming was lost
             await self._adopt(arriving, digest)

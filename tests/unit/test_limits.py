@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator import spool
 from coordinator.config import load_config
 from coordinator.limits import PRICES, Bucket, Limits, is_full, take, too_slow
 from coordinator.services import guard
@@ -21,6 +22,7 @@ from protocols.errors import (
     error_from_code,
     grpc_status_name,
 )
+from protocols.tlog.merkle import leaf_hash
 
 PER_S, BURST = 10.0, 50.0
 steps = st.lists(
@@ -282,5 +284,24 @@ def test_a_message_that_never_comes_is_not_waited_for():
         of, _ = make(Limits(message_s=0.05))
         with pytest.raises(NotReadyError, match="no whole message"):
             await of.patient(asyncio.get_running_loop().create_future())
+
+    asyncio.run(go())
+
+
+def test_offsets_of_few_uploads_are_remembered(tmp_path, monkeypatch):
+    """Of the others they are read back from the file, as after a restart."""
+    monkeypatch.setattr(spool, "MAX_KNOWN", 3)
+
+    async def go():
+        kept = spool.Spool(tmp_path, min_free_bytes=0)
+        made = [
+            spool.Arriving(path=tmp_path / str(n), total=4, unit_hashes=(leaf_hash(b"data"),))
+            for n in range(8)
+        ]
+        for one in made:
+            one.path.write_bytes(b"data")
+        assert [await kept.durable(one) for one in made] == [4] * 8
+        assert len(kept._durable) == 3
+        assert [await kept.durable(one) for one in made] == [4] * 8
 
     asyncio.run(go())
