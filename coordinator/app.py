@@ -72,6 +72,9 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_time_ms", 210_000),  # middleboxes drop idle connections
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Connections end and are opened again, so that what the TLS layer checks is checked again.
+    ("grpc.max_connection_age_ms", 600_000),
+    ("grpc.max_connection_age_grace_ms", 30_000),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", STREAM_WINDOW),
     ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
@@ -272,6 +275,7 @@ def enrolment_server(parts: Parts) -> grpc.aio.Server:
         ledger=parts.ledger,
         clock=parts.clock,
         hours=parts.config.node_certificate_hours,
+        person_hours=parts.config.person_certificate_hours,
         trust=parts.trust,
         log_vkey=parts.log.vkey if parts.log else "",
     )

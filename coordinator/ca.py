@@ -22,7 +22,7 @@ from protocols.crypto.identity import Identity, spiffe_uri
 from protocols.errors import ConfigurationError, ExistsError
 from protocols.identifiers import FederationId
 
-_BACKDATED = timedelta(minutes=5)  # clocks differ
+BACKDATED = timedelta(minutes=5)  # clocks differ
 ROOT_DAYS = 3650
 COORDINATOR_DAYS = 365
 
@@ -103,7 +103,7 @@ class CertificateAuthority:
             .issuer_name(name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _BACKDATED)
+            .not_valid_before(now - BACKDATED)
             .not_valid_after(now + timedelta(days=ROOT_DAYS))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_key_usage(ca=True), critical=True)
@@ -163,7 +163,7 @@ class CertificateAuthority:
             .issuer_name(self.certificate.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _BACKDATED)
+            .not_valid_before(now - BACKDATED)
             .not_valid_after(min(now + lifetime, self.certificate.not_valid_after_utc))
             .add_extension(x509.SubjectAlternativeName(names), critical=True)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

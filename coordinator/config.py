@@ -13,7 +13,8 @@ spool = "spool"
 min_free_mb = 256
 upload_retention_days = 30          # masked or open uploads kept for audit
 [certificates]
-node_hours = 720
+node_hours = 168                       # renewed by the agent from two thirds of it on
+person_hours = 24                      # of admins, auditors, partners; they ask again
 [prices]                            # for the costs in `minga run show`; left out: no money is shown
 currency = "USD"                    # printed as it stands
 gpu_hour = 2.5
@@ -93,7 +94,8 @@ class _Storage(_Section):
 
 
 class _Certificates(_Section):
-    node_hours: int = Field(default=720, ge=1, le=8760)
+    node_hours: int = Field(default=168, ge=1, le=8760)
+    person_hours: int = Field(default=24, ge=1, le=168)
 
 
 class _Governance(_Section):
@@ -187,6 +189,7 @@ class CoordinatorConfig:
     min_free_bytes: int
     upload_retention_days: int
     node_certificate_hours: int
+    person_certificate_hours: int
     prices: Prices | None = None
     trust: Path
     governed: bool  # a run, an invitation and a certificate need what the admins signed
@@ -237,6 +240,7 @@ def load_config(path: Path) -> CoordinatorConfig:
         min_free_bytes=file.storage.min_free_mb * 2**20,
         upload_retention_days=file.storage.upload_retention_days,
         node_certificate_hours=file.certificates.node_hours,
+        person_certificate_hours=file.certificates.person_hours,
         prices=file.prices,
         trust=(folder / file.governance.folder).resolve(),
         governed=file.governance.require,

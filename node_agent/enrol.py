@@ -100,7 +100,7 @@ async def join(
             signing_key, Context.ENROLMENT, enrolment_proof_body(token_hash, request.csr, public)
         ),
         approval=approval,
-        leaf=_asked(log, signing_key, invitation.institution, request.csr),
+        leaf=_asked(log, signing_key, invitation, request.csr, approval),
     )
     credentials = grpc.ssl_channel_credentials(root_certificates=root)
     async with grpc.aio.secure_channel(enrolment, credentials, options=list(OPTIONS)) as channel:
@@ -133,10 +133,21 @@ async def join(
     )
 
 
-def _asked(log: LogPaths | None, key: Ed25519PrivateKey, node: NodeId, csr: bytes) -> bytes:
-    """The signed request for the round log; empty without one."""
-    if log is None:
+def _asked(
+    log: LogPaths | None,
+    key: Ed25519PrivateKey,
+    invitation: Invitation,
+    csr: bytes,
+    approval: bytes,
+) -> bytes:
+    """The signed request for the round log; empty without one.
+
+    Where members are signed, nothing is said before the institution approved it: what a node said
+    once it cannot say otherwise, and the join without an approval is refused anyway.
+    """
+    if log is None or (invitation.trust_root and not approval):
         return b""
+    node = invitation.institution
     store = LogStore(log.store)
     try:
         leaf = enrol_leaf(
@@ -146,6 +157,7 @@ def _asked(log: LogPaths | None, key: Ed25519PrivateKey, node: NodeId, csr: byte
             csr=csr,
             spki=spki_digest(x509.load_der_x509_csr(csr)),
             witness=witness_key(log, node),
+            approval=approval,
         )
     finally:
         store.close()

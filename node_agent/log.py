@@ -25,6 +25,7 @@ from node_agent.client import Backoff, Connection, rebuild_error
 from node_agent.log_store import LogStore, OwnLeaf
 from node_agent.log_verifier import LogVerifier, read_policy
 from node_agent.witness import Witness, make_witness, open_witness
+from policies.audit.approvals import approval_of
 from policies.audit.gate import Gate, Shown, Stops, Waits, gate
 from protocols.canonical import sha256_hex
 from protocols.crypto.signatures import public_bytes
@@ -107,8 +108,13 @@ def enrol_leaf(
     spki: Digest,
     witness: VerifierKey | None,
     seen: Seen | None = None,
+    approval: bytes = b"",
 ) -> OwnLeaf:
-    """``enrol.request``: what the node asks to be certified; the same bytes for the same."""
+    """``enrol.request``: what the node asks to be certified; the same bytes for the same.
+
+    Args:
+        approval: the institution's, as it was sent or will be; empty: a renewal, or no member list.
+    """
     said = EnrolRequest(
         institution=node,
         node=node,
@@ -116,6 +122,7 @@ def enrol_leaf(
         witness_vkey=None if witness is None else witness.to_text(),
         csr_sha256=sha256_hex(csr),
         spki_sha256=spki,
+        approval=approval_of(approval) if approval else None,
     )
     return _sign(
         store,

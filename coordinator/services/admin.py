@@ -119,7 +119,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ListNodesRequest, context: Context
     ) -> admin_pb2.ListNodesResponse:
         """Every enrolled node and what it says it is doing."""
-        await self._callers.operator(context)
+        await self._callers.watcher(context)
 
         def look(tx: Tx) -> list[admin_pb2.NodeFacts]:
             certificates, said = tx.certificates(), read_reports(tx)
@@ -157,7 +157,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ListRunsRequest, context: Context
     ) -> admin_pb2.ListRunsResponse:
         """Every run, without its rounds."""
-        await self._callers.operator(context)
+        await self._callers.watcher(context)
         runs = await self._ledger.read("list_runs", Tx.runs)
         return admin_pb2.ListRunsResponse(runs=[run_facts(run) for run in runs])
 
@@ -165,7 +165,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ShowRunRequest, context: Context
     ) -> admin_pb2.RunFacts:
         """Everything about a run."""
-        await self._callers.operator(context)
+        await self._callers.watcher(context)
         run_id, now = parse_run_id(request.run), self._clock.now()
 
         def look(tx: Tx) -> tuple[admin_pb2.RunFacts, Plan, Claim | None, dict[NodeId, Spends]]:
@@ -189,7 +189,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """The run's history after an entry, then what happens, until the run ends."""
         run_id, after = parse_run_id(request.run), request.after
         while True:
-            await self._callers.operator(context)  # a stream may outlive the right to it
+            await self._callers.watcher(context)  # a stream may outlive the right to it
             rows, version, ended = await self._ledger.read(
                 "watch_run", partial(look_on, run_id=run_id, after=after)
             )
@@ -203,7 +203,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def Why(self, request: admin_pb2.WhyRequest, context: Context) -> admin_pb2.WhyResponse:
         """What a round waits for: the machine's own answer, nothing is changed by asking."""
-        await self._callers.operator(context)
+        await self._callers.watcher(context)
         round_id, now = read_round(request.round), self._clock.now()
 
         def look(tx: Tx) -> tuple[RoundRow, list[rounds_pb2.Progress]]:

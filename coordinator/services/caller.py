@@ -12,6 +12,7 @@ from functools import lru_cache
 import grpc
 from cryptography import x509
 
+from coordinator.ca import BACKDATED
 from coordinator.clock import Clock
 from coordinator.ledger import Ledger, Tx
 from coordinator.services.errors import METHOD
@@ -21,6 +22,7 @@ from policies.cedar.engine import RuleSet
 from policies.cedar.methods import decide_call
 from policies.decision import Decision, Refused
 from protocols.crypto.identity import (
+    PERSON_ROLES,
     Identity,
     Role,
     certificate_in_force,
@@ -28,8 +30,9 @@ from protocols.crypto.identity import (
     spki_digest,
 )
 from protocols.errors import NotEnrolledError, NotPermittedError
-from protocols.governance.documents import member_refusal
+from protocols.governance.documents import member_refusal, parse_time
 from protocols.governance.errors import TrustRefusedError
+from protocols.governance.people import check_person, listed
 from protocols.identifiers import Digest, FederationId, NodeId
 
 
@@ -78,12 +81,13 @@ class Callers:
         return await self._require(context, "operator", duties=True)
 
     async def carrier(self, context: grpc.aio.ServicerContext) -> Identity:
-        """An operator who brings what admins signed: also one whom the next list has to correct.
+        """Who brings what admins signed: an admin, or an operator, also one whom the next list has
+        to correct.
 
         Raises:
             NotEnrolledError, NotPermittedError.
         """
-        return await self._require(context, "operator", listed=False)
+        return await self._require(context, "operator", "admin", listed=False)
 
     def _duties(self, operator: Identity) -> None:
         """Who runs the machine does not also decide or audit.
@@ -102,12 +106,20 @@ class Callers:
                 )
 
     async def any(self, context: grpc.aio.ServicerContext) -> Identity:
-        """A node or an operator.
+        """A node, an operator, or a person of the signed list; the rules say which method.
 
         Raises:
             NotEnrolledError, NotPermittedError.
         """
-        return await self._require(context, "node", "operator")
+        return await self._require(context, "node", "operator", *PERSON_ROLES)
+
+    async def watcher(self, context: grpc.aio.ServicerContext) -> Identity:
+        """An operator, or a person whom the rules let watch: partner, admin, auditor.
+
+        Raises:
+            NotEnrolledError, NotPermittedError.
+        """
+        return await self._require(context, "operator", *PERSON_ROLES, duties=True)
 
     async def reader(self, context: grpc.aio.ServicerContext) -> Identity:
         """Whoever may read what is in force: also a member that is suspended learns that it is.
@@ -115,7 +127,7 @@ class Callers:
         Raises:
             NotEnrolledError, NotPermittedError.
         """
-        return await self._require(context, "node", "operator", member=False)
+        return await self._require(context, "node", "operator", *PERSON_ROLES, member=False)
 
     async def cosigner(self, context: grpc.aio.ServicerContext) -> NodeId:
         """The calling node as a witness: also one that is suspended, expelled or left.
@@ -151,6 +163,29 @@ class Callers:
                 raise TrustRefusedError(
                     f"the key of this certificate is denied by {name}", rule="trust.emergency"
                 )
+
+    def _person(self, identity: Identity, certificate: x509.Certificate, *, member: bool) -> None:
+        """The signed list still gives this person this role, and did when it was certified.
+
+        Another key begins another term, so a certificate from before it has no force any more.
+
+        Raises:
+            TrustRefusedError: trust.duties, trust.expired, trust.member or trust.bootstrap.
+        """
+        state = self.trust.state() if self.trust is not None else None
+        if state is None:
+            raise TrustRefusedError(
+                f"no list of people is signed that names {identity}", rule="trust.bootstrap"
+            )
+        person = listed(state.admins, identity.name, identity.role)
+        since = certificate.not_valid_before_utc + BACKDATED
+        if since < parse_time(person.term_from):
+            raise TrustRefusedError(
+                f"the certificate of {identity} is older than its term: ask for another",
+                rule="trust.expired",
+            )
+        if member:
+            check_person(person, state.members, self.clock.now())
 
     async def _require(
         self,
@@ -188,6 +223,8 @@ class Callers:
         self._key_in_force(key)
         if member and identity.role == "node":
             self.member(NodeId(identity.name))
+        if identity.role in PERSON_ROLES:
+            self._person(identity, certificate, member=member)
         if duties:
             self._duties(identity)
         self._rules(identity, listed=listed)

@@ -31,6 +31,7 @@ from protocols.gen import enrolment_pb2, enrolment_pb2_grpc
 from protocols.governance.approval import check_approval, check_request
 from protocols.governance.documents import member_refusal
 from protocols.governance.errors import TrustRefusedError
+from protocols.governance.people import check_ask
 from protocols.identifiers import Digest, FederationId, NodeId, parse_node_id
 from protocols.rounds_codec import to_ms
 from protocols.tlog.kinds import EnrolRequest
@@ -84,6 +85,7 @@ class _Issuer:
         ledger: Ledger,
         clock: Clock,
         hours: int,
+        person_hours: int = 24,
         trust: TrustRepository | None = None,
         log_vkey: str = "",
     ) -> None:
@@ -91,13 +93,19 @@ class _Issuer:
         self._ledger = ledger
         self._clock = clock
         self._lifetime = timedelta(hours=hours)
+        self._person_lifetime = timedelta(hours=person_hours)
         self._trust = trust
         self._log_vkey = log_vkey
 
     def _issue(
-        self, tx: Tx, csr: x509.CertificateSigningRequest, node: NodeId, leaf: bytes
+        self,
+        tx: Tx,
+        csr: x509.CertificateSigningRequest,
+        node: NodeId,
+        leaf: bytes,
+        approval: bytes | None = None,
     ) -> bytes:
-        request = self._requested(tx, csr, node, leaf)
+        request = self._requested(tx, csr, node, leaf, approval)
         public_key = csr.public_key()
         certificate = self._authority.issue(
             public_key,  # type: ignore[arg-type]  # read_csr made sure of the kind
@@ -105,12 +113,18 @@ class _Issuer:
             now=self._clock.now(),
             lifetime=self._lifetime,
         )
+        return self._enter(tx, certificate, Identity("node", node), request)
+
+    def _enter(
+        self, tx: Tx, certificate: x509.Certificate, identity: Identity, request: Digest | None
+    ) -> bytes:
+        """Enter a certificate into the ledger and the log; its bytes."""
         der = certificate.public_bytes(serialization.Encoding.DER)
         tx.add_certificate(
             serial=certificate.serial_number,
             spki_sha256=spki_digest(certificate),
-            subject_role="node",
-            subject_name=node,
+            subject_role=identity.role,
+            subject_name=identity.name,
             not_after=certificate.not_valid_after_utc,
             der=der,
         )
@@ -119,9 +133,17 @@ class _Issuer:
         return der
 
     def _requested(
-        self, tx: Tx, csr: x509.CertificateSigningRequest, node: NodeId, leaf: bytes
+        self,
+        tx: Tx,
+        csr: x509.CertificateSigningRequest,
+        node: NodeId,
+        leaf: bytes,
+        approval: bytes | None,
     ) -> Digest | None:
-        """Log what the node asks for; the leaf's hash, None without a log."""
+        """Log what the node asks for; the leaf's hash, None without a log.
+
+        With an approval the leaf carries it too: whoever reads the log checks it.
+        """
         if not tx.logs:
             return None
         if not leaf:
@@ -138,6 +160,11 @@ class _Issuer:
         row = tx.node(node)
         if row is None or row.signing_key.hex() != said.signing_key:
             raise NotPermittedError("the signed request names another signing key")
+        if approval is not None and said.approval is None:
+            raise TrustRefusedError(
+                f"the signed request of {node} does not carry its institution's approval",
+                rule="trust.key",
+            )
         return tx.append_leaf(leaf)
 
     def _response(self, der: bytes) -> enrolment_pb2.EnrolResponse:
@@ -220,7 +247,7 @@ class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):
                 if row.signing_key != signing_key:
                     raise TokenRefusedError("another signing key needs an invitation")
                 tx.add_node(node, signing_key, now, approval)
-                return self._issue(tx, csr, node, request.leaf)
+                return self._issue(tx, csr, node, request.leaf, approval)
             before = tx.token_use(token_hash)
             if before is None:
                 institution = tx.use_token(token_hash, now, request_hash)
@@ -229,9 +256,48 @@ class EnrolmentService(_Issuer, enrolment_pb2_grpc.EnrolmentServicer):
                 tx.add_node(node, signing_key, now, approval)
             elif before != request_hash:
                 raise TokenRefusedError("the token was used before")
-            return self._issue(tx, csr, node, request.leaf)
+            return self._issue(tx, csr, node, request.leaf, approval)
 
         return self._response(await self._ledger.run("enrol", enrol))
+
+    async def JoinPerson(
+        self, request: enrolment_pb2.PersonEnrolRequest, context: grpc.aio.ServicerContext
+    ) -> enrolment_pb2.EnrolResponse:
+        """Certify a person of the signed list; asking again is harmless."""
+        state = self._trust.state() if self._trust is not None else None
+        if state is None:
+            raise TrustRefusedError(
+                "no list of people is signed: the federation is not governed",
+                rule="trust.bootstrap",
+            )
+        csr, now = read_csr(request.csr_der), self._clock.now()
+        said = check_ask(
+            request.request,
+            csr=request.csr_der,
+            federation=state.federation,
+            admins=state.admins,
+            members=state.members,
+            now=now,
+        )
+        identity = Identity(said.role, said.person)
+        check_asked_names(csr, self._authority.federation, identity)
+
+        def certify(tx: Tx) -> bytes:
+            known = tx.certificate(spki_digest(csr))
+            if known is not None and (known.subject_role, known.subject_name) != (
+                identity.role,
+                identity.name,
+            ):
+                raise NotPermittedError("the key of the request belongs to somebody else")
+            certificate = self._authority.issue(
+                csr.public_key(),  # type: ignore[arg-type]  # read_csr made sure of the kind
+                identity,
+                now=now,
+                lifetime=self._person_lifetime,
+            )
+            return self._enter(tx, certificate, identity, None)
+
+        return self._response(await self._ledger.run("enrol_person", certify))
 
 
 class RenewalService(_Issuer, enrolment_pb2_grpc.RenewalServicer):

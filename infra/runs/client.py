@@ -43,7 +43,7 @@ from protocols.wire import round_ref
 CALL_S: Final = 20.0  # one control call
 MESSAGE: Final = 2**20  # bytes of one raw message
 _READ: Final = 4 * 2**20  # bytes
-_TRIES: Final = 5  # of a broken transfer, each from where the last one got
+_TRIES: Final = 5  # failures in a row without progress, each from where the last one got
 _OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 210_000),
     ("grpc.max_receive_message_length", 64 * 2**20),
@@ -247,17 +247,20 @@ class AdminClient:
         info = bulk_pb2.BlobInfo(
             digest=bytes.fromhex(digest), size=hasher.size, unit_hashes=hasher.hashes()
         )
-        for attempt in range(_TRIES):
+        failures, reached = 0, -1
+        while True:
             try:
                 state = self._call(self._bulk.BeginPut, info)
                 if state.complete:
                     return digest
-                self._put_from(path, digest, int(state.durable))
+                if int(state.durable) > reached:  # connections end now and then: not a failure
+                    failures, reached = 0, int(state.durable)
+                self._put_from(path, digest, reached)
             except NotReadyError as error:
-                if attempt == _TRIES - 1:
+                failures += 1
+                if failures >= _TRIES:
                     raise
                 time.sleep(error.retry_after_s)
-        raise NotReadyError(f"{path.name} did not get through after {_TRIES} tries")
 
     def _put_from(self, path: Path, digest: Digest, offset: int) -> None:
         def pieces() -> Iterator[bytes]:
@@ -283,14 +286,19 @@ class AdminClient:
         """
         temporary = target.with_name(f".{target.name}.tmp")
         hasher = UnitHasher()
-        request = bytes.fromhex(digest) + (0).to_bytes(8, "big")
-        try:
-            with temporary.open("wb") as file:
-                for piece in self._fetch(request):
-                    hasher.update(piece)
-                    file.write(piece)
-        except grpc.RpcError as error:
-            self._fail(error)
+        at, failures = 0, 0
+        with temporary.open("wb") as file:
+            while True:
+                before = at
+                try:
+                    for piece in self._fetch(bytes.fromhex(digest) + at.to_bytes(8, "big")):
+                        hasher.update(piece)
+                        at += file.write(piece)
+                    break
+                except grpc.RpcError as error:
+                    failures = 0 if at > before else failures + 1
+                    if failures >= _TRIES or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        self._fail(error)
         if hasher.digest() != digest:
             temporary.unlink()
             raise IntegrityError(f"the coordinator sent other bytes than blob {digest[:12]}…")

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
+from policies.audit import approvals
 from policies.audit.evidence import Evidence, released
 from policies.audit.records import Record, Result
+from policies.audit.replay import Taken
 from policies.audit.spending import SpendingUnknownError, spending, spent_claims, wrong_claims
 from policies.consortium import ConsortiumPolicy
 from policies.decision import Refused
@@ -233,17 +235,51 @@ def q16_certificates(evidence: Evidence) -> Iterator[Record]:
     if waiting:
         names = {taken.holder.name for taken in waiting}
         reason += f"; requests without a certificate: {', '.join(sorted(names))}"
-    alone = [
-        taken.holder.name
-        for taken in evidence.of(EnrolRequest)
-        if taken.holder.role is not Role.INSTITUTION and taken.leaf.hash in answered
-    ]
+    bad: list[str] = []
+    alone: list[str] = []
+    for taken, why in _without_institution(evidence):
+        if taken.leaf.hash in answered:
+            (alone if why is None else bad).append(
+                f"{taken.holder.name}{f': {why}' if why else ''}"
+            )
     result = Result.PASS
     if alone:
         who = ", ".join(sorted(set(alone)))
         reason += f"; asked for by the node's own key alone, not by its institution: {who}"
         result = Result.UNKNOWN
+    elif evidence.signed is None:
+        reason += f"; {NO_POLICY} to name the keys of institutions"
+        result = Result.UNKNOWN
+    if bad:
+        reason += f"; not approved by the institution: {', '.join(sorted(set(bad)))}"
+        result = Result.FAIL
     yield Record(id="16", round=None, result=result, leaves=tuple(issued), reason=reason)
+
+
+def _without_institution(evidence: Evidence) -> Iterator[tuple[Taken, str | None]]:
+    """Requests without the word of their institution, and what is wrong with it; None: none is.
+
+    A renewal is signed with a key that the institution approved before.
+    """
+    vouched: set[tuple[str, str]] = set()
+    for taken in evidence.of(EnrolRequest):
+        said = taken.said
+        if not isinstance(said, EnrolRequest) or taken.holder.role is Role.INSTITUTION:
+            continue
+        mine = (said.node, said.signing_key)
+        if said.approval is None:
+            if mine not in vouched or taken.holder.public_key.hex() != said.signing_key:
+                yield taken, None
+            continue
+        found = evidence.signed.at(taken.index) if evidence.signed else None
+        if found is not None:
+            state = found.state
+            keys = state.members.keys_of(said.node)
+            why = approvals.refusal(said, state.federation, keys)
+            if why is not None:
+                yield taken, why
+                continue
+        vouched.add(mine)
 
 
 def q19_releases(evidence: Evidence) -> Iterator[Record]:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from policies.audit import rounds
+from policies.audit import approvals, rounds
 from policies.audit.rounds import LeafRefusedError, RoundState
 from protocols.canonical import parse_canonical
 from protocols.crypto.identity import parse_spiffe_uri
@@ -336,6 +336,7 @@ class Replay:
                 "log.certificate", f"{whom}: the certificate is not what was requested"
             )
         self._check_new_key(asked.said)
+        self._check_approval(asked.said)
         self.requests[Digest(said.request)] = replace(asked, certified=Digest(said.spki_sha256))
         public = bytes.fromhex(asked.said.signing_key)
         self.retire(Role.NODE, asked.said.node, keep=key_id_of(public))
@@ -359,6 +360,22 @@ class Replay:
             raise LeafRefusedError(
                 "log.witness", f"{said.node} enrols a witness key that is somebody else's"
             )
+
+    def _check_approval(self, said: EnrolRequest) -> None:
+        """The institution vouches for the keys, once the log knows the institution's own.
+
+        A renewal is asked for with a signing key that is in force already.
+        """
+        named = self.speakers.institution.get(said.node) if self.speakers else None
+        if not named or self.genesis is None:
+            return
+        known = self.holders.get(key_id_of(bytes.fromhex(said.signing_key)))
+        if said.approval is None and known is not None:
+            return
+        keys = [bytes.fromhex(key) for key in named]
+        why = approvals.refusal(said, FederationId(self.genesis.federation), keys)
+        if why is not None:
+            raise LeafRefusedError("log.approval", f"{said.node} was certified, but {why}")
 
     def _round(self, taken: Taken) -> None:
         statement, said = taken.statement, taken.said

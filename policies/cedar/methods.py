@@ -34,6 +34,7 @@ ACTIONS: Final[Mapping[str, str]] = {
     "Bulk/BeginPut": "putBlobs",
     "Bulk/Put": "putBlobs",
     "Enrolment/Join": OPEN,
+    "Enrolment/JoinPerson": OPEN,
     "Renewal/Renew": "renewCertificate",
     "Accounting/Report": "takePart",
     "Log/Follow": "readTrust",

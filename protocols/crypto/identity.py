@@ -2,6 +2,8 @@
 
     spiffe://<federation>.minga.example/inst/<institution>/node/1      a node agent
     spiffe://<federation>.minga.example/operator/<name>                who runs the coordinator
+    spiffe://<federation>.minga.example/<role>/<person>                a person of the signed list:
+                                                admin, auditor, partner, witness, release-board
     spiffe://<federation>.minga.example/coordinator                    the coordinator itself
 
 Names are compared whole, never by prefix. Whether the certificate is in force (issuer, dates) is
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Final, Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -23,7 +25,13 @@ from protocols.canonical import sha256_hex
 from protocols.errors import MalformedMessageError, NotEnrolledError
 from protocols.identifiers import Digest, FederationId, parse_federation_id, parse_node_id
 
-Role = Literal["node", "operator", "coordinator"]
+Role = Literal[
+    "node", "operator", "coordinator", "admin", "auditor", "partner", "witness", "release-board"
+]
+# Roles of people whom membership/admins.json names; the operator's certificate comes from `init`.
+PERSON_ROLES: Final[tuple[Role, ...]] = (
+    "admin", "auditor", "partner", "release-board", "witness",
+)  # fmt: skip
 _DOMAIN_SUFFIX = ".minga.example"
 _MAX_URI = 2048
 
@@ -50,10 +58,10 @@ def spiffe_uri(federation: FederationId, identity: Identity) -> str:
     match identity.role:
         case "node":
             return f"{base}/inst/{parse_node_id(identity.name)}/node/1"
-        case "operator":
-            return f"{base}/operator/{parse_node_id(identity.name)}"
         case "coordinator":
             return f"{base}/coordinator"
+        case role:
+            return f"{base}/{role}/{parse_node_id(identity.name)}"
 
 
 def parse_spiffe_uri(uri: str, federation: FederationId) -> Identity:
@@ -70,6 +78,11 @@ def parse_spiffe_uri(uri: str, federation: FederationId) -> Identity:
             return Identity("node", parse_node_id(name))
         case ["operator", name]:
             return Identity("operator", parse_node_id(name))
+        case [
+            "admin" | "auditor" | "partner" | "release-board" | "witness" as role,
+            name,
+        ]:
+            return Identity(role, parse_node_id(name))
         case ["coordinator"]:
             return Identity("coordinator", "coordinator")
         case _:

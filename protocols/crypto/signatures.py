@@ -44,6 +44,7 @@ class Context(StrEnum):
 
     ENROLMENT = "minga/enrolment/v1"
     ENROL_APPROVAL = "minga/enrol-approval/v1"
+    PERSON_ENROL = "minga/person-enrol/v1"
     UPLOAD_HEADER = "minga/upload-header/v1"
     READY = "minga/secagg/ready/v1"
     DEAL = "minga/secagg/deal/v1"

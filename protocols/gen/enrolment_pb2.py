@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0f\x65nrolment.proto\x12\x08minga.v1\"\x8e\x01\n\x0c\x45nrolRequest\x12\x13\n\x0binstitution\x18\x01 \x01(\t\x12\x14\n\x0ctoken_secret\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\x12\x13\n\x0bsigning_key\x18\x04 \x01(\x0c\x12\r\n\x05proof\x18\x05 \x01(\x0c\x12\x0c\n\x04leaf\x18\x06 \x01(\x0c\x12\x10\n\x08\x61pproval\x18\x07 \x01(\x0c\"-\n\x0cRenewRequest\x12\x0f\n\x07\x63sr_der\x18\x01 \x01(\x0c\x12\x0c\n\x04leaf\x18\x02 \x01(\x0c\"\x8c\x01\n\rEnrolResponse\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_der\x18\x02 \x01(\x0c\x12\x12\n\nissuer_der\x18\x03 \x03(\x0c\x12\x14\n\x0cnot_after_ms\x18\x04 \x01(\x03\x12\x10\n\x08log_vkey\x18\x05 \x01(\t\x12\x12\n\ntrust_root\x18\x06 \x01(\x0c\x32\x44\n\tEnrolment\x12\x37\n\x04Join\x12\x16.minga.v1.EnrolRequest\x1a\x17.minga.v1.EnrolResponse2C\n\x07Renewal\x12\x38\n\x05Renew\x12\x16.minga.v1.RenewRequest\x1a\x17.minga.v1.EnrolResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0f\x65nrolment.proto\x12\x08minga.v1\"\x8e\x01\n\x0c\x45nrolRequest\x12\x13\n\x0binstitution\x18\x01 \x01(\t\x12\x14\n\x0ctoken_secret\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\x12\x13\n\x0bsigning_key\x18\x04 \x01(\x0c\x12\r\n\x05proof\x18\x05 \x01(\x0c\x12\x0c\n\x04leaf\x18\x06 \x01(\x0c\x12\x10\n\x08\x61pproval\x18\x07 \x01(\x0c\"6\n\x12PersonEnrolRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63sr_der\x18\x02 \x01(\x0c\"-\n\x0cRenewRequest\x12\x0f\n\x07\x63sr_der\x18\x01 \x01(\x0c\x12\x0c\n\x04leaf\x18\x02 \x01(\x0c\"\x8c\x01\n\rEnrolResponse\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_der\x18\x02 \x01(\x0c\x12\x12\n\nissuer_der\x18\x03 \x03(\x0c\x12\x14\n\x0cnot_after_ms\x18\x04 \x01(\x03\x12\x10\n\x08log_vkey\x18\x05 \x01(\t\x12\x12\n\ntrust_root\x18\x06 \x01(\x0c\x32\x89\x01\n\tEnrolment\x12\x37\n\x04Join\x12\x16.minga.v1.EnrolRequest\x1a\x17.minga.v1.EnrolResponse\x12\x43\n\nJoinPerson\x12\x1c.minga.v1.PersonEnrolRequest\x1a\x17.minga.v1.EnrolResponse2C\n\x07Renewal\x12\x38\n\x05Renew\x12\x16.minga.v1.RenewRequest\x1a\x17.minga.v1.EnrolResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENROLREQUEST']._serialized_start=30
   _globals['_ENROLREQUEST']._serialized_end=172
-  _globals['_RENEWREQUEST']._serialized_start=174
-  _globals['_RENEWREQUEST']._serialized_end=219
-  _globals['_ENROLRESPONSE']._serialized_start=222
-  _globals['_ENROLRESPONSE']._serialized_end=362
-  _globals['_ENROLMENT']._serialized_start=364
-  _globals['_ENROLMENT']._serialized_end=432
-  _globals['_RENEWAL']._serialized_start=434
-  _globals['_RENEWAL']._serialized_end=501
+  _globals['_PERSONENROLREQUEST']._serialized_start=174
+  _globals['_PERSONENROLREQUEST']._serialized_end=228
+  _globals['_RENEWREQUEST']._serialized_start=230
+  _globals['_RENEWREQUEST']._serialized_end=275
+  _globals['_ENROLRESPONSE']._serialized_start=278
+  _globals['_ENROLRESPONSE']._serialized_end=418
+  _globals['_ENROLMENT']._serialized_start=421
+  _globals['_ENROLMENT']._serialized_end=558
+  _globals['_RENEWAL']._serialized_start=560
+  _globals['_RENEWAL']._serialized_end=627
 # @@protoc_insertion_point(module_scope)

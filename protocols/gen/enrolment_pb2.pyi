@@ -24,6 +24,14 @@ class EnrolRequest(_message.Message):
     approval: bytes
     def __init__(self, institution: _Optional[str] = ..., token_secret: _Optional[bytes] = ..., csr_der: _Optional[bytes] = ..., signing_key: _Optional[bytes] = ..., proof: _Optional[bytes] = ..., leaf: _Optional[bytes] = ..., approval: _Optional[bytes] = ...) -> None: ...
 
+class PersonEnrolRequest(_message.Message):
+    __slots__ = ("request", "csr_der")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CSR_DER_FIELD_NUMBER: _ClassVar[int]
+    request: bytes
+    csr_der: bytes
+    def __init__(self, request: _Optional[bytes] = ..., csr_der: _Optional[bytes] = ...) -> None: ...
+
 class RenewRequest(_message.Message):
     __slots__ = ("csr_der", "leaf")
     CSR_DER_FIELD_NUMBER: _ClassVar[int]

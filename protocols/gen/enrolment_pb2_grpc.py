@@ -41,6 +41,11 @@ class EnrolmentStub:
                 request_serializer=enrolment__pb2.EnrolRequest.SerializeToString,
                 response_deserializer=enrolment__pb2.EnrolResponse.FromString,
                 _registered_method=True)
+        self.JoinPerson = channel.unary_unary(
+                '/minga.v1.Enrolment/JoinPerson',
+                request_serializer=enrolment__pb2.PersonEnrolRequest.SerializeToString,
+                response_deserializer=enrolment__pb2.EnrolResponse.FromString,
+                _registered_method=True)
 
 
 class EnrolmentServicer:
@@ -55,12 +60,24 @@ class EnrolmentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def JoinPerson(self, request, context):
+        """A certificate for a person of the signed list, asked for with the key that it names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EnrolmentServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Join': grpc.unary_unary_rpc_method_handler(
                     servicer.Join,
                     request_deserializer=enrolment__pb2.EnrolRequest.FromString,
+                    response_serializer=enrolment__pb2.EnrolResponse.SerializeToString,
+            ),
+            'JoinPerson': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinPerson,
+                    request_deserializer=enrolment__pb2.PersonEnrolRequest.FromString,
                     response_serializer=enrolment__pb2.EnrolResponse.SerializeToString,
             ),
     }
@@ -92,6 +109,33 @@ class Enrolment:
             target,
             '/minga.v1.Enrolment/Join',
             enrolment__pb2.EnrolRequest.SerializeToString,
+            enrolment__pb2.EnrolResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinPerson(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/minga.v1.Enrolment/JoinPerson',
+            enrolment__pb2.PersonEnrolRequest.SerializeToString,
             enrolment__pb2.EnrolResponse.FromString,
             options,
             channel_credentials,

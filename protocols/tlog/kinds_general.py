@@ -142,9 +142,18 @@ class MemberStatement(Predicate):
     statement_sha256: DigestText
 
 
+class EnrolApproval(Part):
+    """What the institution signed about the keys of a request (enrolment.md, section 5)."""
+
+    key: KeyText  # of the institution
+    approved_at: TimeText
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
 class EnrolRequest(Predicate):
-    """What a node asks to be certified. Signed by the institution, or, before there is a signed
-    membership, by the very key it names: that shows possession, and the certificate the name."""
+    """What a node asks to be certified. Signed by the very key it names, which shows possession;
+    ``approval`` is the word of its institution. A renewal has none: the key it is signed with has
+    been approved before."""
 
     KIND = "enrol.request"
     SIGNERS = frozenset({Role.INSTITUTION, Role.NODE})
@@ -154,6 +163,7 @@ class EnrolRequest(Predicate):
     witness_vkey: Vkey | None = None  # None: the node is no witness
     csr_sha256: DigestText
     spki_sha256: DigestText  # of the TLS key
+    approval: EnrolApproval | None = None
 
 
 class CertIssued(Predicate):
