@@ -225,7 +225,7 @@ class Callers:
             self.member(NodeId(identity.name))
         if identity.role in PERSON_ROLES:
             self._person(identity, certificate, member=member)
-        if duties:
+        if duties and identity.role == "operator":
             self._duties(identity)
         self._rules(identity, listed=listed)
         return identity

@@ -215,6 +215,52 @@ def key_make(
         typer.echo(f"give {card_path(path)} to the others; the key file stays here", err=True)
 
 
+@keys.command("certify")
+def key_certify(
+    key: Annotated[Path, typer.Argument(metavar="KEY", help="Your key file; its card beside it.")],
+    role: Annotated[str, typer.Option(help="admin, auditor, partner, release-board or witness.")],
+    coordinator: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the coordinator serves.")
+    ],
+    ca: Annotated[
+        Path, typer.Option(metavar="FILE", help="The federation's root certificate, ca.crt.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for certificate and client.toml.")
+    ],
+    enrolment: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Default: the coordinator's port plus one."),
+    ] = None,
+    passphrase_file: Passphrase = None,
+    module: Module = None,
+    as_json: AsJson = False,
+) -> None:
+    """Get a client certificate for a day, as the person whom the signed list names."""
+    from infra.admin import acts
+    from infra.admin.certificates import certify
+    from infra.admin.keys import card_path, load_signer, read_card
+
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise typer.BadParameter("--coordinator is HOST:PORT")
+    facts = certify(
+        out,
+        person=read_card(card_path(key)).holder.person,
+        role=role,
+        signer=load_signer(key, acts.ask_secret(passphrase_file), module=module),
+        root=ca,
+        coordinator=coordinator,
+        enrolment=enrolment or f"{host}:{int(port) + 1}",
+        now=acts.utc_now(),
+    )
+    if as_json:
+        _json(facts)
+    else:
+        typer.echo(f"{facts['identity']} of {facts['federation']}, until {facts['until']}")
+        typer.echo(f"use it with --config {facts['config']}", err=True)
+
+
 @keys.command("found")
 def key_found(
     coordinator: Annotated[
