@@ -302,7 +302,10 @@ def log_drivers(parts: Parts) -> set[asyncio.Task[None]]:
     log = parts.log
     if log is None:
         return set()
-    tasks = {asyncio.create_task(log.writer(parts.ledger, parts.clock).run(), name="log writer")}
+    members = parts.trust.active_members if parts.trust is not None else lambda: None
+    tasks = {
+        asyncio.create_task(log.writer(parts.ledger, parts.clock, members).run(), name="log writer")
+    }
     for place, witness in enumerate(log.config.witnesses, start=1):
         asking = push(log.hub, parts.clock, f"auditor.{place}", witness.url)
         tasks.add(asyncio.create_task(asking, name=f"witness {place}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -136,8 +137,17 @@ class LogParts:
         """What nodes are told at enrolment."""
         return self.signer.verifier.to_text()
 
-    def writer(self, ledger: Ledger, clock: Clock) -> LogWriter:
-        """The driver of this process."""
+    def writer(
+        self,
+        ledger: Ledger,
+        clock: Clock,
+        members: Callable[[], Collection[str] | None] = lambda: None,
+    ) -> LogWriter:
+        """The driver of this process.
+
+        Args:
+            members: active members by the signed list; None: there is none.
+        """
         return LogWriter(
             ledger=ledger,
             clock=clock,
@@ -146,6 +156,7 @@ class LogParts:
             ratchet=self.ratchet,
             signer=self.signer,
             auditors=[VerifierKey.parse(each.vkey) for each in self.config.witnesses],
+            members=members,
         )
 
 

@@ -22,7 +22,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -34,7 +34,8 @@ from coordinator.clock import Clock
 from coordinator.ledger import LeafRow, LeaseLostError, Ledger, Tx
 from coordinator.log_files import LogFiles, Ratchet
 from coordinator.log_hub import LogHub
-from policies.audit.replay import peek, policy_text
+from policies.audit.committee import counted
+from policies.audit.replay import peek, policy_text, witness_policy
 from protocols.canonical import sha256_hex
 from protocols.errors import CorruptStateError, FederationError, IntegrityError
 from protocols.identifiers import Digest
@@ -64,6 +65,7 @@ class LogWriter:
     Args:
         signer: the log's private key.
         auditors: witnesses beside those of nodes, each of which must cosign.
+        members: active members by the signed list; None: there is none, and all witnesses count.
     """
 
     ledger: Ledger
@@ -73,6 +75,7 @@ class LogWriter:
     ratchet: Ratchet
     signer: SignerKey = field(repr=False)
     auditors: Sequence[VerifierKey] = ()
+    members: Callable[[], Collection[str] | None] = lambda: None
     heartbeat: timedelta = HEARTBEAT
     holder: str = field(
         default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
@@ -80,6 +83,7 @@ class LogWriter:
     _fence: int | None = None
     _policy: TrustPolicy | None = None  # of the log as it is
     _policy_bytes: bytes = b""
+    _members: Collection[str] | None = None  # by which the policy was made
     _compared: bool = False  # with a quorum of witnesses, since the start
     _quiet_since: datetime | None = None
     _written: int = 0  # size of the last published checkpoint
@@ -191,10 +195,13 @@ class LogWriter:
     async def _read_policy(self) -> None:
         """The trust policy that the log's own leaves make."""
         state = await self.ledger.run("log_state", Tx.log_state)
-        nodes = dict(state.witnesses)
+        self._members = self.members()
+        nodes = counted(state.witnesses, self._members)
         self._policy_bytes = policy_text(self.signer.verifier, nodes, self.auditors)
         self._policy = TrustPolicy.parse(self._policy_bytes)
-        self.hub.keys = dict(self._policy.witnesses)
+        # All are asked: a node that has not read the newest list yet still counts by an older one.
+        everybody = witness_policy(self.signer.verifier, state.witnesses, self.auditors)
+        self.hub.keys = dict(everybody.witnesses)
         await asyncio.to_thread(
             self.files.describe, vkey=self.signer.verifier.to_text(), policy=self._policy_bytes
         )
@@ -211,6 +218,8 @@ class LogWriter:
                 break
             await self.ledger.changed(self.ledger.version(), left)
             rows = await self.ledger.read("leaves", lambda tx: tx.leaves(first, first + BATCH))
+        if self.members() != self._members:
+            await self._read_policy()
         if not rows:
             if not self._compared and tree.size:
                 await self._sign_when_compared()

@@ -206,6 +206,10 @@ class TrustRepository:
             return None
         return in_force(self._state, self._clock.now())
 
+    def active_members(self) -> tuple[str, ...] | None:
+        """Active members by the newest signed list, also past its time; None: there is none."""
+        return self._state.members.active() if self._state is not None else None
+
     def first_root(self) -> bytes | None:
         """The root that invitations name; None: not founded."""
         return self._files.get("metadata/1.root.json")

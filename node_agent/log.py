@@ -38,7 +38,7 @@ from protocols.errors import (
 from protocols.gen import log_pb2
 from protocols.identifiers import Digest, FederationId, NodeId, RoundId
 from protocols.plan import Plan
-from protocols.tlog.kinds import EnrolRequest, Predicate, round_subject
+from protocols.tlog.kinds import EnrolRequest, Incident, Predicate, round_subject
 from protocols.tlog.leaf import (
     FIRST_PREV,
     ChainHead,
@@ -132,6 +132,28 @@ def enrol_leaf(
         subject=f"node/{node}",
         digest=Digest(said.csr_sha256),
         seen=seen or Seen(size=0, root=EMPTY_ROOT),
+    )
+
+
+def incident_leaf(
+    store: LogStore,
+    *,
+    key: Ed25519PrivateKey,
+    node: NodeId,
+    alarm: int,
+    code: str,
+    evidence: Digest,
+    seen: Seen,
+) -> OwnLeaf:
+    """``incident``: what a person of the site found out about an alarm; the same bytes again."""
+    return _sign(
+        store,
+        f"incident alarm {alarm}",
+        Incident(klass="node.alarm", code=code, evidence_sha256=evidence),
+        key=key,
+        subject=f"node/{node}",
+        digest=evidence,
+        seen=seen,
     )
 
 

@@ -4,6 +4,7 @@
     head     the last accepted checkpoint, with its cosignatures: never goes back
     own      this node's leaves, in the order of its chain, signed before they are sent
     alarm    why nothing passes any more, with the evidence
+    cleared  which alarms a person of the site has looked into, and with what outcome
 
 Durable (WAL, synchronous=FULL) before anybody is told. An act has one leaf: after a crash the same
 bytes are sent again. The standard library's SQLite is enough, so this needs no database package.
@@ -35,6 +36,8 @@ CREATE TABLE IF NOT EXISTS own (
 CREATE TABLE IF NOT EXISTS alarm (
     id INTEGER PRIMARY KEY, at INTEGER NOT NULL, rule TEXT NOT NULL, why TEXT NOT NULL,
     evidence BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS cleared (
+    alarm INTEGER PRIMARY KEY, at INTEGER NOT NULL, code TEXT NOT NULL, by TEXT NOT NULL);
 """
 
 
@@ -47,6 +50,20 @@ class OwnLeaf:
     entry: bytes
     taken_at: int | None
     seen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something that must not be, and what became of it."""
+
+    id: int
+    at: int  # Unix seconds
+    rule: str
+    why: str
+    evidence: bytes
+    cleared_at: int | None
+    code: str | None  # the outcome, as a code
+    by: str | None
 
 
 class LogStore:
@@ -198,10 +215,30 @@ class LogStore:
             )
 
     def alarm(self) -> tuple[str, str] | None:
-        """Rule and sentence of the first alarm."""
+        """Rule and sentence of the first alarm that nobody cleared."""
         with self._guard:
-            row = self._c.execute("SELECT rule, why FROM alarm ORDER BY id LIMIT 1").fetchone()
+            row = self._c.execute(
+                "SELECT rule, why FROM alarm WHERE id NOT IN (SELECT alarm FROM cleared)"
+                " ORDER BY id LIMIT 1"
+            ).fetchone()
         return None if row is None else (row[0], row[1])
+
+    def alarms(self) -> list[Alarm]:
+        """All alarms, the first one first; evidence and outcome with them."""
+        with self._guard:
+            rows = self._c.execute(
+                "SELECT a.id, a.at, a.rule, a.why, a.evidence, c.at, c.code, c.by FROM alarm a"
+                " LEFT JOIN cleared c ON c.alarm = a.id ORDER BY a.id"
+            ).fetchall()
+        return [Alarm(*row) for row in rows]
+
+    def clear_alarms(self, ids: Sequence[int], *, code: str, by: str, at: int) -> None:
+        """Remember that a person looked into alarms; their evidence stays. Again is nothing."""
+        with self._transaction() as c:
+            c.executemany(
+                "INSERT OR IGNORE INTO cleared VALUES (?, ?, ?, ?)",
+                [(number, at, code, by) for number in ids],
+            )
 
 
 def _own(row: tuple[int, str, str, str, bytes, int | None, int]) -> OwnLeaf:

@@ -6,18 +6,21 @@ is kept opens a gate. A page that fails under a good signature of the log is evi
 and from then on nothing passes. Pages that are merely unsigned or lack a quorum are thrown away.
 
 Which policy: a file that the site pinned, if there is one; else the witnesses that the log itself
-named up to the last accepted checkpoint. So a coordinator that brings a new set of witnesses must
-have the old one cosign the checkpoint that brings them. At first contact the log's own set counts.
+named up to the last accepted checkpoint, as far as they are of active members by the membership
+that this node verified itself. So a coordinator that brings a new set of witnesses must have the
+old one cosign the checkpoint that brings them, and cannot bring strangers. At first contact the
+log's own set counts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from node_agent.log_store import LogStore
+from policies.audit.committee import counted
 from policies.audit.gate import Known, Stops
 from policies.audit.replay import LeafRefusedError, Replay, Taken, witness_policy
 from protocols.crypto.signatures import BadSignatureError
@@ -74,6 +77,7 @@ class LogVerifier:
         now: Unix seconds.
         pinned: the site's own trust policy.
         node: whose certificates are watched; None: nobody's.
+        members: active members by the list that this node verified itself; None: it has none yet.
     """
 
     def __init__(
@@ -84,15 +88,18 @@ class LogVerifier:
         now: Callable[[], int],
         pinned: TrustPolicy | None = None,
         node: NodeId | None = None,
+        members: Callable[[], Collection[str] | None] = lambda: None,
     ) -> None:
         self._node = node
+        self.members = members
         self._store = store
         self._log = log
         self._now = now
         self._pinned = pinned
         self._replay = Replay()
         self._accepted: Accepted | None = None
-        self._policy: TrustPolicy | None = None
+        # Those that the log named up to the last accepted checkpoint; None: none was accepted.
+        self._witnesses: dict[str, VerifierKey] | None = None
         self._trial: _Trial | None = None
         self._load()
 
@@ -107,7 +114,7 @@ class LogVerifier:
         if (size, opened.checkpoint.root) != (self._replay.size, self._replay.root):
             raise CorruptStateError("the kept leaves are not those of the kept checkpoint")
         policy = self._policy_of(self._replay)
-        self._policy = policy
+        self._witnesses = dict(self._replay.witnesses)
         opened = open_checkpoint(note, policy.ring, now=2**62)
         by_key = {signature.key: signature.time for signature in opened.cosignatures}
         times = {
@@ -147,12 +154,13 @@ class LogVerifier:
 
     def known(self) -> Known | None:
         """For the gate; None: nothing was accepted yet."""
-        if self._accepted is None or self._policy is None:
+        policy = self._policy_in_force()
+        if self._accepted is None or policy is None:
             return None
         alarm = self._store.alarm()
         return Known(
             log=self._replay,
-            policy=self._policy,
+            policy=policy,
             cosigned=self._accepted.times,
             alarm=Stops(*alarm) if alarm else None,
             undelivered=self._store.missing(),
@@ -192,7 +200,7 @@ class LogVerifier:
             if not checkpoint:
                 self._trial = trial
                 return False
-            accepted, policy = self._check(trial.replay, checkpoint)
+            accepted = self._check(trial.replay, checkpoint)
         except (IntegrityError, MalformedMessageError) as error:
             self._trial = None
             self._suspect(error, entries, checkpoint)
@@ -203,11 +211,11 @@ class LogVerifier:
         self._replay, self._accepted, self._trial = trial.replay, accepted, None
         self._watch(trial.issued, mine, checkpoint)
         # From here on, whoever the log names now must vouch for what comes next.
-        self._policy = self._policy_of(self._replay) if self._pinned is None else policy
+        self._witnesses = dict(self._replay.witnesses)
         return True
 
-    def _check(self, replay: Replay, checkpoint: bytes) -> tuple[Accepted, TrustPolicy]:
-        policy = self._policy or self._policy_of(replay)
+    def _check(self, replay: Replay, checkpoint: bytes) -> Accepted:
+        policy = self._policy_in_force() or self._policy_of(replay)
         # First what the log alone vouches for: a wrong root under its signature is evidence.
         head = open_checkpoint(checkpoint, KeyRing.of([self._log]), now=self._now()).checkpoint
         if (head.size, head.root) != (replay.size, replay.root):
@@ -215,7 +223,7 @@ class LogVerifier:
                 f"the checkpoint of size {head.size} is not over the {replay.size} leaves read"
             )
         accepted = accept_checkpoint(policy, checkpoint, now=self._now())
-        return self._times(replay, accepted), policy
+        return self._times(replay, accepted)
 
     def _times(self, replay: Replay, accepted: Accepted) -> Accepted:
         """The cosignatures by the names of the policy that is in force from now on."""
@@ -231,15 +239,22 @@ class LogVerifier:
 
     def demanded(self) -> int:
         """How many witnesses must cosign at least before this node believes a checkpoint."""
-        policy = self._policy or self._policy_of(self._replay)
+        policy = self._policy_in_force() or self._policy_of(self._replay)
         return policy.least_cosigners()
 
+    def _policy_in_force(self) -> TrustPolicy | None:
+        """By the witnesses of the last accepted checkpoint; None: none was accepted."""
+        if self._witnesses is None:
+            return None
+        return self._pinned or self._policy_over(self._replay, self._witnesses)
+
     def _policy_of(self, replay: Replay) -> TrustPolicy:
-        if self._pinned is not None:
-            return self._pinned
+        return self._pinned or self._policy_over(replay, replay.witnesses)
+
+    def _policy_over(self, replay: Replay, nodes: Mapping[str, VerifierKey]) -> TrustPolicy:
         auditors = replay.genesis.witnesses if replay.genesis else ()
         keys = [VerifierKey.parse(vkey) for vkey in auditors]
-        return witness_policy(self._log, replay.witnesses, keys)
+        return witness_policy(self._log, counted(nodes, self.members()), keys)
 
     def _watch(self, issued: Sequence[Taken], mine: Collection[str], checkpoint: bytes) -> None:
         """Raise an alarm on a certificate for this node that it did not ask for.

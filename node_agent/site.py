@@ -198,6 +198,10 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
         rng=rng,
         require=config.log.require,
     )
+    trust = open_trust(folder, config, connection, journal, log)
+    if log is not None and trust is not None:
+        trust.remember()
+        log.verifier.members = trust.active_members
     return Site(
         folder=folder,
         config=config,
@@ -213,6 +217,6 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
         now=utc_now,
         monotonic=time.monotonic,
         random_bytes=os.urandom,
-        trust=open_trust(folder, config, connection, journal, log),
+        trust=trust,
         log=log,
     )

@@ -143,11 +143,18 @@ class Trust:
     logged: Logged | None = None  # None: this node keeps no round log
     on_change: Callable[[list[Change]], None] = lambda _: None
     _state: TrustState | None = None
+    _signed: frozenset[str] | None = None  # active members, as signed; of the log or not
     _approvals: Mapping[str, bytes] = field(default_factory=dict)
     _trouble: TrustRefusedError | FederationError | None = None
     _tried: float | None = None  # monotonic seconds when the last answered refresh began
     _wanted: asyncio.Event = field(default_factory=asyncio.Event)
     _busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def remember(self) -> None:
+        """After a start: whose witnesses count, by what was accepted before. Reads files."""
+        before = self._before()
+        if before is not None:
+            self._signed = frozenset(before.members.active())
 
     # -- refreshing --------------------------------------------------------------------------
 
@@ -204,6 +211,7 @@ class Trust:
                 policy_of(state)
             elif before.versions != state.versions:
                 changes = check_steps(before, state, files)
+            self._signed = frozenset(state.members.active())
             self._check_log(state)
             self._keep(state)
             return state, changes
@@ -276,6 +284,14 @@ class Trust:
                 raise NotReadyError(f"{role} {version} is not in the witnessed log yet")
 
     # -- asking ------------------------------------------------------------------------------
+
+    def active_members(self) -> frozenset[str] | None:
+        """Active members by the newest list that the admins signed; None: none was verified yet.
+
+        Also before the log has it: whose witnesses count must be known to read the log on. Such a
+        list is signed, in time and not rolled back, so it cannot be the coordinator's invention.
+        """
+        return self._signed
 
     @property
     def state(self) -> TrustState | None:

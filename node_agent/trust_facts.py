@@ -6,6 +6,7 @@ from datetime import datetime
 
 from node_agent.config import NodeConfig, NodeFolder
 from node_agent.log import LogPaths
+from node_agent.log_store import LogStore
 from node_agent.trust import read_accepted
 from protocols.errors import FederationError
 from protocols.governance import roles
@@ -42,7 +43,15 @@ def log_line(folder: NodeFolder, config: NodeConfig) -> tuple[str, str]:
     """A level and one sentence on the round log."""
     if config.log.require is False:
         return "warning", "UNSAFE: [log] require = false: this node acts without a public log"
-    if LogPaths(folder.root).vkey.exists():
+    paths = LogPaths(folder.root)
+    if paths.vkey.exists():
+        store = LogStore(paths.store)
+        try:
+            found = store.alarm()
+        finally:
+            store.close()
+        if found is not None:
+            return "refused", f"ALARM, takes part in nothing: {found[1]} (`minga node alarm`)"
         return "ok", "acts only on what the witnessed log shows"
     if config.log.require:
         return "refused", "the log's key is missing: join again"

@@ -1,6 +1,7 @@
 """`minga demo --scenario`: the common acts of governance, played for real and explained.
 
-    expel             two of three admins are too few for an expulsion; three are enough
+    expel             two of three admins are too few for an expulsion; three are enough, and the
+                      member's node is refused on the connection that it has open
     override-refused  three signatures do not lift secure aggregation, nor a site's own rule
     policy-change     a change in words; what raises a privacy budget needs more signatures
 
@@ -11,12 +12,15 @@ trained: it takes well under a minute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 from rich.console import Console
 
 from infra.admin.proposals import propose_members, propose_override, propose_policy, with_status
@@ -24,14 +28,17 @@ from infra.demo.federation import Federation
 from infra.demo.governance import ADMINS, MIN_COUNTRIES, THRESHOLD, DemoGovernance
 from infra.demo.policy import demo_policy
 from infra.demo.processes import Household
-from infra.runs.client import AdminClient
+from infra.runs.client import AdminClient, error_of
 from node_agent.code_digest import installed_code
+from node_agent.config import NodeFolder
+from node_agent.keys import KeyStore
 from policies.changes import describe_change
 from policies.consortium import ConsortiumPolicy
 from policies.overrides import Override
 from policies.trust import POLICY_DOCUMENT
 from protocols.canonical import canonical_bytes
 from protocols.errors import ExistsError, FederationError
+from protocols.gen import rounds_pb2, rounds_pb2_grpc
 from protocols.governance.requests import SigningRequest
 from protocols.identifiers import Digest, FederationId, parse_node_id
 
@@ -51,6 +58,7 @@ class UnexpectedError(FederationError):
 class Stage:
     """A running coordinator with its founded governance."""
 
+    federation: Federation
     governance: DemoGovernance
     client: AdminClient
     say: Callable[[str], None]
@@ -80,9 +88,45 @@ class Stage:
         raise UnexpectedError(f"{name} was taken, and must not be")
 
 
+@contextmanager
+def _connected(stage: Stage, site: str) -> Iterator[Callable[[], None]]:
+    """A member that has joined and keeps a connection open; calling asks for its work over it.
+
+    Raises:
+        FederationError: what the coordinator answers to a call.
+    """
+    federation = stage.federation
+    data = federation.data_folder(site)
+    data.mkdir(parents=True)
+    for name in ("train.jsonl", "valid.jsonl"):
+        (data / name).write_text(json.dumps({"text": "minga", "lang": "es"}) + "\n", "utf-8")
+    federation.join(site, stage.client.invite(site), approving=stage.governance.approving(site))
+    federation.start_node(site)  # it cosigns the log from now on
+    address = federation.operator().address
+    tls = KeyStore(NodeFolder(federation.node_folder(site)).keys).tls()
+    credentials = grpc.ssl_channel_credentials(tls.root, tls.key, tls.chain)
+    with grpc.secure_channel(address, credentials) as channel:
+        ask = rounds_pb2_grpc.RoundsStub(channel).Sync
+
+        def call() -> None:
+            try:
+                ask(rounds_pb2.SyncRequest(), timeout=20.0)
+            except grpc.RpcError as error:
+                raise error_of(error, address) from None
+
+        call()
+        stage.say(f"{site} has joined, and its node has a connection open")
+        yield call
+
+
 def expel(stage: Stage) -> None:
-    """A member is expelled: by enough admins, and not before."""
+    """A member is expelled: by enough admins, and not before; and it is out at once."""
     site = SITES[-1]
+    with _connected(stage, site) as call:
+        _expel(stage, site, call)
+
+
+def _expel(stage: Stage, site: str, call: Callable[[], None]) -> None:
     table = stage.policy().governance.decisions
     stage.say(
         f"{site} is to be expelled; the policy asks for {table.expel} of {len(ADMINS)} admins"
@@ -91,7 +135,15 @@ def expel(stage: Stage) -> None:
     members = with_status(base.state.members, parse_node_id(site), "expelled")
     request = propose_members(base, members, f"expel {site}")
     stage.refused("expel-two", request, PEOPLE[:THRESHOLD])
+    call()
+    stage.say(f"  {site} is still served")
     stage.taken("expel", request, PEOPLE[: table.expel])
+    try:
+        call()
+    except FederationError as error:
+        stage.say(f"  on the connection that {site} had open: {error.diagnostics()}")
+    else:
+        raise UnexpectedError(f"{site} was served after it was expelled")
     status = stage.governance.base().state.members.get(site)
     stage.say(f"{site} is now {status.status if status else 'unknown'}: its next call is refused")
     try:
@@ -197,5 +249,6 @@ def run_scenario(name: str, folder: Path, console: Console) -> None:
             )
             governance.found({POLICY_DOCUMENT: policy.to_bytes()}, client)
             say(f"{', '.join(PEOPLE)} founded federation {FEDERATION} with {len(SITES)} members")
-            SCENARIOS[name](Stage(governance=governance, client=client, say=say))
+            stage = Stage(federation=federation, governance=governance, client=client, say=say)
+            SCENARIOS[name](stage)
     say(f"every request with its signatures is in {folder / 'governance'}")

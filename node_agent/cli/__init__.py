@@ -260,6 +260,29 @@ def approve(
 
 
 @app.command()
+def alarm(
+    folder: Folder,
+    clear: Annotated[
+        str | None, typer.Option(metavar="CODE", help="What was found out; it becomes public.")
+    ] = None,
+    by: Annotated[str, typer.Option(metavar="NAME", help="Who looked into it, a handle.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what the round log was caught at; with --clear, record the finding and go on."""
+    from node_agent.cli.alarms import alarm_facts, clear_alarms
+
+    facts = alarm_facts(folder) if clear is None else clear_alarms(folder, code=clear, by=by)
+    if as_json:
+        _print_json(facts)
+        return
+    if not facts:
+        typer.echo("no alarm")
+    for line in facts:
+        state = f"cleared as {line['code']} by {line['by']}" if line["code"] else "OPEN"
+        typer.echo(f"{line['at']}  {line['rule']}  {state}: {line['why']}")
+
+
+@app.command()
 def doctor(
     folder: Folder,
     worker: Annotated[

@@ -13,7 +13,9 @@ from protocols.errors import ExistsError
 SAYS = {
     "expel": [
         "needs 3 [trust_refused: trust.quorum]",
+        "pe-escuela has joined, and its node has a connection open",
         "in force: expels pe-escuela",
+        "on the connection that pe-escuela had open: pe-escuela is expelled",
         "a new invitation for it is refused: pe-escuela is expelled",
     ],
     "override-refused": [
