@@ -29,6 +29,7 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Timestamp
 
 from coordinator.clock import Clock
 from policies.audit.speakers import speakers_of
+from policies.offices import count_in_office
 from policies.trust import Change, check_successor
 from protocols.crypto.signatures import public_bytes
 from protocols.errors import ConfigurationError, FederationError, NotFoundError
@@ -272,6 +273,7 @@ class TrustRepository:
                 f"the root is of federation {after.federation}, this is {self._federation}",
                 rule="trust.shape",
             )
+        after = count_in_office(before, after, now)
         changes = check_successor(before, after)
         await self._bring_out(files, online, merged, after)
         for change in changes:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.admin.keys import PASSPHRASE_VARIABLE, card_path, load_signer, read_card
+from policies.offices import out_of_office
 from policies.trust import Change, preview
 from protocols.canonical import parse_json
 from protocols.errors import ConfigurationError, ExistsError, NotFoundError
@@ -198,8 +199,13 @@ def sign(
     seen = view(request, read_signatures(path, ()), root=root, now=now)
     if not confirm(seen):
         return None
-    made = sign_request(seen.opened, load_signer(key, secret, module=module))
     person = read_card(card_path(key)).holder.person
+    before = seen.opened.before
+    if before is not None and any(item.id == person for item in before.admins.admins()):
+        why = out_of_office([before.admins], person, now)
+        if why is not None:
+            raise TrustRefusedError(f"{why}: a signature would not count", rule="trust.expired")
+    made = sign_request(seen.opened, load_signer(key, secret, module=module))
     target = path.with_name(f"{path.name}.{person}.sig.json")
     if target.exists():
         if read_bytes(target) != made.to_bytes():

@@ -14,12 +14,22 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from coordinator.ca import new_tls_key
-from infra.admin.proposals import propose_documents, propose_members, propose_rotation, with_status
+from infra.admin import acts
+from infra.admin.keys import make_key
+from infra.admin.proposals import (
+    propose_documents,
+    propose_members,
+    propose_policy,
+    propose_rotation,
+    with_status,
+)
 from policies.audit.replay import peek
+from policies.trust import POLICY_DOCUMENT
 from protocols.crypto.identity import Identity, parse_spiffe_uri, spiffe_uri
 from protocols.gen import admin_pb2, bulk_pb2, enrolment_pb2, log_pb2, log_pb2_grpc, trust_pb2
 from protocols.governance import roles
 from protocols.governance.documents import ADMINS, Admins, time_text
+from protocols.governance.errors import TrustRefusedError
 from protocols.governance.people import ask, canonical_ask
 from protocols.identifiers import FederationId
 from protocols.tlog.kinds import CertIssued
@@ -268,3 +278,33 @@ def test_a_person_is_in_the_log_and_reads_it(tmp_path):
         assert "spiffe://demo.minga.example/auditor/olga" in uris
         stub = log_pb2_grpc.LogStub(auditor.channel)
         assert next(stub.Follow(log_pb2.FollowRequest(), timeout=20)).entries
+
+
+# -- terms of office -------------------------------------------------------------------------------
+
+
+def test_a_signature_after_the_term_does_not_count(tmp_path):
+    """Bruno's term is over: Ana and he are one, and he is told before he signs."""
+    with served(tmp_path / "fed", governed=True) as door:
+        world = World()
+        world.found_at(door, others=OTHERS)
+        over = {"term_from": time_text(NOW - timedelta(days=9)), "term_until": time_text(NOW)}
+        world.enact_at(door, people(world, bruno=over), ["ana", "bruno", "carla"])
+        policy = {POLICY_DOCUMENT: world.policy(policy_version=8)}
+        request = propose_policy(world.base(), policy)
+        said = trust_refusal(
+            "trust.quorum", lambda: world.enact_at(door, request, ["ana", "bruno"])
+        )
+        assert "the term of bruno" in said
+
+        path = tmp_path / "policy.request"
+        acts.write_request(path, request)
+        key = tmp_path / "bruno"
+        make_key(key, card("bruno", "br-univ-1", "BR").holder, "correct horse")
+        with pytest.raises(TrustRefusedError, match="would not count") as caught:
+            acts.sign(
+                path, key, root=None, secret=lambda: "correct horse", module=None,
+                confirm=lambda _: True, now=datetime.now(UTC),
+            )  # fmt: skip
+        assert caught.value.rule == "trust.expired"
+        assert world.enact_at(door, request, ["ana", "carla"])  # two who hold the office
