@@ -317,7 +317,8 @@ def _member(old: Institution, new: Institution) -> Iterator[Change]:
             words=f"{new.id} is now {' and '.join(new.roles)}, with {len(new.nodes)} node(s) and "
             f"{len(new.witnesses)} witness(es)",
         )
-    if (old.country, old.since) != (new.country, new.since):
+    back = old.status in ("left", "expelled") and new.status == "active"  # since another day
+    if old.country != new.country or (old.since != new.since and not back):
         yield Change(
             kind="unclassified", role=role, words=f"changes the country or date of {new.id}"
         )
