@@ -4,7 +4,7 @@
 #   make test ARGS="-k merkle"  arguments for pytest; every target passes ARGS on
 #   make test JOBS=1          one test at a time; two by default, whole files to each
 
-.PHONY: help venv demo test slurm-test bench bench-peers bench-page load fuzz docs lint fmt proto clean
+.PHONY: help venv demo test slurm-test bench bench-learning bench-peers bench-page load fuzz docs lint fmt proto clean
 .DEFAULT_GOAL := help
 
 # The first Python that is new enough and can make environments; or say it: make venv PYTHON=...

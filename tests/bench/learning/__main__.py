@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, amount: Amount) -> dict[str, Any]:
     kinds = {"headline": cells.headline(), "others": cells.others(names)}
     todo = [
         (seed, cell, False)
-        for kind in ("headline", "others")
+        for kind in options.kinds
         for seed in options.seeds
         for cell in kinds[kind]
     ]
@@ -115,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=tuple(AMOUNTS), default="full")
     parser.add_argument("--quick", action="store_const", dest="size", const="quick")
     parser.add_argument("--tune", action="store_true", help="try rates instead of running rows")
+    parser.add_argument(
+        "--kinds", type=lambda text: text.split(","), default=["headline", "others"]
+    )
     parser.add_argument("--only", action="append", help="rows with this in their name; repeatable")
     parser.add_argument("--work", type=Path, default=ROOT / "bench" / "out" / "learning")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out")

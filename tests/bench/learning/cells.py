@@ -486,9 +486,8 @@ def tuning() -> list[Cell]:
         (8e-3, AVERAGE, 12),
         (4e-3, nesterov(0.7), 12),
         (4e-3, AVERAGE, 12),
-        (8e-3, AVERAGE, 6),
-        (8e-3, AVERAGE, 4),
-        (6e-3, nesterov(0.3), 6),
+        (2e-3, AVERAGE, 12),
+        (4e-3, AVERAGE, 6),
     ):
         rates = Rates(lr=lr, outer=outer)
         how = "average" if outer is AVERAGE else f"nesterov {outer['momentum']:g}"

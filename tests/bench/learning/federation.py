@@ -32,7 +32,10 @@ from protocols.outer_step import THETA, apply_outer_step
 from protocols.plan import Plan
 from protocols.round_vector import round_layout, round_ring
 from protocols.secagg.attempts import attempt_of
+from protocols.tensors.layout import VectorLayout
 from protocols.tensors.manifest import Manifest
+from protocols.tensors.planar import PackedVector
+from protocols.tensors.ring import Ring
 from protocols.tensors.scales import initial_scales
 from protocols.tensors.units import blob_digest
 from tests.bench.learning.masks import SecureSum, identity, plain_sum
@@ -125,7 +128,7 @@ class Federation:
         self.ring = round_ring(plan)
         self.scales = initial_scales(manifest, plan.vector.scale, self.ring, len(plan.roster))
         self.scores: dict[int, Score] = {}  # of the model before round i
-        self.sums: list[str] = []  # digest of the integer sum of each round
+        self.sums: list[str] = []  # digests of the integer sums, metrics (which tell time) apart
         self.tokens = 0
         self._root, self._base, self._seed, self._say = root, base, seed, say
         (root / "plan.json").write_bytes(plan.to_bytes())
@@ -187,7 +190,7 @@ class Federation:
             if secure is None
             else secure.opened(vectors, layout)
         )
-        self.sums.append(hashlib.sha256(packed).hexdigest())
+        self.sums.append(_digest(packed, layout, self.ring))
         self._step(index, packed, layout)
         start.unlink()
         self._say(self._remark(index))
@@ -213,7 +216,7 @@ class Federation:
         site.answer(job)
         return read_result(site.spool, job, self.manifest)
 
-    def _step(self, index: int, packed: bytes, layout: Any) -> None:
+    def _step(self, index: int, packed: bytes, layout: VectorLayout) -> None:
         new = {THETA: np.array(self.theta)}
         new |= {name: np.array(buffer) for name, buffer in self.buffers.items()}
 
@@ -248,3 +251,10 @@ class Federation:
         score = self.scores.get(index)
         bits = "" if score is None else f": {score.bits():.4f} bits per byte before it"
         return f"round {index + 1} of {self.plan.total_rounds}{bits}"
+
+
+def _digest(packed: bytes, layout: VectorLayout, ring: Ring) -> str:
+    """Of the model coordinates of a sum."""
+    values = np.empty(layout.model_coordinates, np.int32)
+    PackedVector(packed, layout.coordinates, ring).read_centred(0, values.size, values)
+    return hashlib.sha256(values.astype("<i4").tobytes()).hexdigest()

@@ -9,7 +9,9 @@ the spread is the smallest and the largest.
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -120,7 +122,6 @@ def facts(
     order += sorted(name for name in cells if name not in WORDS)
     plain, masked = cells.get("federated", {}), cells.get("federated-masked", {})
     return {
-        "schema": "minga.bench-learning/1",
         "texts": digest,
         "amount": asdict(amount),
         "public": {"bytes": sum(d.size for d in public.train)},
@@ -133,7 +134,7 @@ def facts(
             }
             for site in sites
         },
-        "machine": {"python": platform.python_version(), "torch": _torch()},
+        "machine": machine(),
         "masked_is_the_same": {
             str(seed): run["sums"] == plain[seed]["sums"] and run["theta"] == plain[seed]["theta"]
             for seed, run in sorted(masked.items())
@@ -147,10 +148,71 @@ def facts(
     }
 
 
-def _torch() -> str:
+def machine() -> dict[str, Any]:
+    """What the runs were made with. Figures of learning do not depend on the machine's speed."""
     import torch
 
-    return str(torch.__version__)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "cpus": os.cpu_count(),
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+
+
+def figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for BENCHMARKS.md (tests/bench/page.py), with everything under ``details``."""
+    rows, shown = found["rows"], []
+    for name, row in rows.items():
+        other = rows.get(yardstick(name)) if yardstick(name) != name else None
+        against = row.get("against_percent") if other else None
+        spread = row.get("against_spread", [])
+        notes = [f"seeds {', '.join(map(str, row['seeds']))}"]
+        if against is not None:
+            notes.append(f"{against:+.1f} % ({spread[0]:+.1f} to {spread[1]:+.1f})")
+        if name == "federated-masked" and found["masked_is_the_same"]:
+            same = all(found["masked_is_the_same"].values())
+            notes.append("the same integers and model" if same else "NOT the same integers")
+        if "epsilon" in row:
+            notes.append(f"epsilon {row['epsilon']:.3f} at delta {row['delta']}")
+        headline = name == "federated"
+        shown.append(
+            {
+                "what": words_of(name),
+                "ours": _figure(row),
+                "beside": words_of(yardstick(name)) if other else "",
+                "other": _figure(other) if other else "",
+                "ratio": None if against is None else round(1 + against / 100, 4),
+                "target": f"within {TARGET:g} %" if headline else "",
+                "met": against <= TARGET if headline and against is not None else None,
+                "note": "; ".join(notes),
+            }
+        )
+    sites = ", ".join(found["sites"])
+    return {
+        "schema": "minga.figures/1",
+        "title": "Learning",
+        "repeat": "make bench-learning ARGS='--data DIR'",
+        "machine": found["machine"],
+        "text": (
+            f"Held-out bits per byte, {len(found['sites'])} non-IID sites ({sites}), the same"
+            " budget of tokens in every row but the base; mean over seeds, smallest to largest."
+            " What was done, and what it does not show: [bench/LEARNING.md](bench/LEARNING.md)."
+        ),
+        "rows": shown,
+        "details": dict(found),
+    }
+
+
+def words_of(name: str) -> str:
+    """A row's name for people."""
+    return WORDS.get(name, name.replace("local-only-", "alone: ")).replace("**", "")
+
+
+def _figure(row: Mapping[str, Any]) -> str:
+    return f"{row['bits_per_byte']:.3f} ({row['smallest']:.3f} to {row['largest']:.3f})"
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -229,7 +291,7 @@ def plot(found: Mapping[str, Any]) -> str:
     for number, (name, row) in enumerate(rows):
         y = _TOP + _ROW * number + 10
         colour = "#c2571a" if name.startswith("federated") else "#1f5fa8"
-        words = WORDS.get(name, name).replace("**", "")
+        words = words_of(name)
         out.append(f'<text x="{_LEFT - 12}" y="{y + 4}" text-anchor="end">{escape(words)}</text>')
         out.append(
             f'<path d="M{px(row["smallest"]):.1f} {y}H{px(row["largest"]):.1f}" stroke="{colour}"'
@@ -249,7 +311,7 @@ def write(found: Mapping[str, Any], out: Path) -> list[Path]:
         return []
     out.mkdir(parents=True, exist_ok=True)
     texts = {
-        "learning.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
+        "learning.json": json.dumps(figures(found), indent=1, ensure_ascii=False) + "\n",
         "learning.md": table(found),
         "learning.svg": plot(found),
     }
