@@ -55,12 +55,32 @@ def outlook_facts(plan: Plan, model: InitialModel, client: AdminClient | None) -
         "promise": promise(plan),
         "coordinates": coordinates,
         "training_rounds": plan.rounds,
+        "held_out": _held_out(plan),
         "traffic": _traffic(traffic),
         "noise": None if noise is None else asdict(noise),
         "sites": [asdict(site) for site in sites],
         "refusals": [site.node for site in sites if site.rule],
         "unknown": unknown,
     }
+
+
+def _held_out(plan: Plan) -> dict[str, Any] | None:
+    """What is opened of held-out text; None: nothing."""
+    if not plan.evaluation.languages:
+        return None
+    strata = plan.strata
+    if strata is None:
+        return {"strata": list(plan.evaluation.languages), "min_sites": None, "merged": []}
+    opened = {**strata.languages, **(strata.countries or dict.fromkeys(_countries(plan), ""))}
+    return {
+        "strata": list(strata.names),
+        "min_sites": plan.evaluation.min_sites,
+        "merged": sorted(name for name, stratum in opened.items() if stratum != name),
+    }
+
+
+def _countries(plan: Plan) -> list[str]:
+    return sorted({site.country for site in (plan.evaluation.sites or {}).values()})
 
 
 def _traffic(traffic: Traffic) -> dict[str, Any]:
@@ -105,6 +125,8 @@ def outlook_view(facts: dict[str, Any]) -> RenderableType:
             f" once {human_bytes(traffic['bytes_of_first_model'])} for the first model"
         )
     )
+    if facts["held_out"] is not None:
+        parts.append(Text(_held_out_text(facts["held_out"])))
     if noise is not None:
         parts.append(
             Text(
@@ -122,6 +144,15 @@ def outlook_view(facts: dict[str, Any]) -> RenderableType:
     ]
     parts += [Text(f"not known here: {what}") for what in facts["unknown"]]
     return Group(*parts)
+
+
+def _held_out_text(said: dict[str, Any]) -> str:
+    text = f"held-out figures by {', '.join(said['strata'])}"
+    if said["min_sites"] is None:
+        return f"{text}: of however few sites, the plan has no [evaluation.sites]"
+    text += f"; none, nor any difference of some, is of fewer than {said['min_sites']} sites"
+    merged = ", ".join(said["merged"])
+    return f"{text}; not by itself: {merged}" if merged else text
 
 
 def _table(sites: Sequence[dict[str, Any]]) -> Sheet:

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from infra.runs.outlook import _held_out, _held_out_text
 from node_agent.config import DataConfig
 from node_agent.consent import SiteFacts, check_site
 from node_agent.contribution import LocalWork, metrics_of
@@ -147,3 +148,19 @@ def test_a_site_does_not_let_its_score_be_seen_alone(plan, public, rule):
     config = node_config(data=DataConfig(valid_public=public))
     refusal = check_site(plan, config, WELL)
     assert (refusal.rule if refusal else None) == rule
+
+
+def test_the_planner_says_what_would_be_opened():
+    said = _held_out(strata_plan())
+    assert said == {
+        "strata": ["es", "other", "AR", "ZZ"],
+        "min_sites": 3,
+        "merged": ["BR", "PE", "gn", "pt", "quy"],
+    }
+    assert "nor any difference of some" in _held_out_text(said)
+    masked = _held_out(strata_plan(**MASKED))
+    assert masked is not None
+    assert masked["merged"] == ["AR", "BR", "PE", "gn", "pt", "quy"]
+    old = Plan.from_value(plan_value(evaluation={"languages": ["es"]}))
+    assert "however few" in _held_out_text(_held_out(old) or {})
+    assert _held_out(Plan.from_value(plan_value())) is None
