@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, amount: Amount) -> dict[str, Any]:
     if options.tune:
         todo = [(0, cell, True) for cell in cells.tuning()]
     if options.only:
-        todo = [item for item in todo if any(part in item[1].name for part in options.only)]
+        todo = [item for item in todo if _wanted(item[1].name, options.only)]
     worlds: dict[tuple[int, bool], Any] = {}
     for number, (seed, cell, tuned) in enumerate(todo):
         kept = work / ("tuning" if tuned else f"seed-{seed}") / f"{cell.name}.json"
@@ -99,6 +99,10 @@ def run(options: argparse.Namespace, amount: Amount) -> dict[str, Any]:
     return facts(work, amount=amount, sites=sites, public=public, digest=digest)
 
 
+def _wanted(name: str, words: Sequence[str]) -> bool:
+    return any(f"={name}" == word or word in name for word in words)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.learning", description=__doc__)
@@ -118,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kinds", type=lambda text: text.split(","), default=["headline", "others"]
     )
-    parser.add_argument("--only", action="append", help="rows with this in their name; repeatable")
+    parser.add_argument(
+        "--only", action="append", help="rows with this in their name, or =NAME; repeatable"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "bench" / "out" / "learning")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out")
     parser.add_argument("--verbose", action="store_true", help="say each round")
