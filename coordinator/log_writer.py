@@ -312,7 +312,7 @@ class LogWriter:
                 raise CorruptStateError(f"leaf {at} is missing in the ledger")
             rows += [row.entry for row in found]
             for row in found:
-                if row.kind == "round.plan":
+                if row.kind == "round.plan" and row.index >= old:  # the others are shown already
                     await self._keep_plan(row)
         tree = self.hub.tree
 

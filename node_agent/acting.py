@@ -53,7 +53,7 @@ from node_agent.resources import as_leaf, as_message, claim_of, read_claim
 from node_agent.rules import Refusal
 from node_agent.secure import SecureSum, dither_seed
 from node_agent.site import Site
-from node_agent.site_policy import load_site_rules
+from node_agent.site_policy import SiteRules, load_site_rules
 from node_agent.spool import DataPaths, Job, job_id, read_job, read_result
 from node_agent.transfers import Shown, Transfer
 from node_agent.view import RoundSeen, RunSeen
@@ -112,6 +112,7 @@ class Actor:
     secure: SecureSum
     transfers: dict[RoundId, Transfer] = field(default_factory=dict)
     _syncing: set[asyncio.Task[None]] = field(default_factory=set)
+    _rules: SiteRules | None = None  # read again when the files change
 
     async def perform(self, action: Action) -> None:
         """Carry out one action.
@@ -319,9 +320,10 @@ class Actor:
     def _site_policy(self) -> Digest | None:
         """The salted digest of the site's policy, which itself never leaves the site."""
         try:
-            return load_site_rules(self.site.folder).digest
+            self._rules = load_site_rules(self.site.folder, self._rules)
         except ConfigurationError:
             return None
+        return self._rules.digest
 
     async def _leave(self, round_: RoundId, refusal: Refusal) -> None:
         journal = self.site.journal

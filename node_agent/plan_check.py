@@ -14,6 +14,7 @@ model.chain      a round starts from another model than this node derived
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Final
 
 from node_agent.journal import ConfirmRecord
 from node_agent.rules import Refusal
@@ -22,6 +23,20 @@ from protocols.errors import FederationError, PlanRefusedError
 from protocols.identifiers import Digest, FederationId, NodeId
 from protocols.outer_optimizers import optimizer_for
 from protocols.plan import MODES, Plan
+
+_KEPT: Final = 16  # plans whose digest is remembered
+_known: dict[int, tuple[Plan, Digest]] = {}  # a plan never changes: by identity, the newest few
+
+
+def _digest_of(plan: Plan) -> Digest:
+    """``plan.digest``, which is asked for at every turn, computed once for each object."""
+    plan_, digest = _known.get(id(plan), (None, None))
+    if plan_ is not plan or digest is None:
+        digest = plan.digest
+        while len(_known) >= _KEPT:
+            _known.pop(next(iter(_known)), None)
+        _known[id(plan)] = (plan, digest)  # held, so that no other object gets its number
+    return digest
 
 
 def check_plan(
@@ -43,7 +58,7 @@ def check_plan(
         node: this node.
         modes: plan modes this agent can take part in.
     """
-    if plan.digest != said:
+    if _digest_of(plan) != said:
         return Refusal("plan.digest", "the plan's bytes are not those the run is said to have")
     if plan.run != seen.run:
         return Refusal("plan.run", f"the plan is for run {plan.run}, not for {seen.run}")
