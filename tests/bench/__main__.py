@@ -3,7 +3,8 @@
 Absolute times on a shared machine mean nothing; ratios inside one run do. So every row of ours is
 measured next to the row that it is compared with, and the ratios are computed here.
 
-Groups: ``bulk`` (transfer over loopback), ``round`` (a whole round without training), ``memory``
+Groups: ``bulk`` (transfer over loopback), ``link`` (transfer over 100 ms
+and 1 Gb/s, where it runs as root), ``round`` (a whole round without training), ``memory``
 (the coordinator's peak, with more nodes and with a larger model), ``audit`` (verifying a log, and
 appending to one), ``peers`` (other systems; needs the network the first time, so it runs only when
 it is named or with ``--peers``).
@@ -22,12 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.bench import auditing, floor, logging_rate, masking, ours
+from tests.bench import auditing, floor, link, logging_rate, masking, ours
 from tests.bench.page import RESULTS, keep
 from tests.bench.peers.__main__ import PEERS, default_work, peer_rows
 from tests.bench.rows import Row, table, together
 
-GROUPS = ("bulk", "round", "masking", "audit", "memory", "peers")
+GROUPS = ("bulk", "link", "round", "masking", "audit", "memory", "peers")
 QUICK_RESULTS = RESULTS.parent / "out" / "quick.json"  # not what the page shows
 
 
@@ -77,6 +78,11 @@ def bulk(settings: Settings) -> Iterator[Row]:
     after = floor.measure_bulk(repetitions=half, work=settings.scratch)
     yield from floor.bulk_rows([before, after])
     yield from mine
+
+
+def long_link(settings: Settings) -> Iterator[Row]:
+    repetitions = max(2, settings.amount.bulk_repetitions - 1)
+    yield from link.rows(repetitions=repetitions, work=settings.scratch)
 
 
 def whole_round(settings: Settings, *, peers: bool = False) -> Iterator[Row]:
@@ -141,6 +147,7 @@ def peers(settings: Settings) -> Iterator[Row]:
 
 RUN: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "bulk": bulk,
+    "link": long_link,
     "round": whole_round,
     "masking": masks,
     "audit": audit,
@@ -153,7 +160,7 @@ def run(groups: Sequence[str], settings: Settings) -> list[Row]:
     """The rows of the chosen groups. Peers take turns with the round they are compared with."""
     rows: list[Row] = []
     both = {"round", "peers"} <= set(groups)
-    for name in ("bulk", "round", "masking", "audit", "peers", "memory"):
+    for name in ("bulk", "link", "round", "masking", "audit", "peers", "memory"):
         if name in groups and not (name == "peers" and both):
             found = whole_round(settings, peers=True) if name == "round" and both else None
             for row in found or RUN[name](settings):

@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.bench.certificates import make_identities
@@ -43,6 +43,8 @@ def measure(
     folder: Path,
     timeout_s: float,
     hashed: bool = False,
+    host: str = "127.0.0.1",
+    place: Callable[[str, list[str]], list[str]] = lambda _role, argv: argv,
 ) -> list[dict[str, float]]:
     """Run the floor; returns the times of each repetition.
 
@@ -52,6 +54,8 @@ def measure(
         disk: whether receivers store and fsync each unit of 4 MiB.
         folder: an empty folder on the disk that is to be measured.
         hashed: whether each unit is hashed by who uploads it and by who receives it.
+        host: address that the server listens on.
+        place: makes the command of a role ("server", "client") one that runs in its place.
 
     Raises:
         ChildProcessError: a process failed, or the whole took longer than ``timeout_s``.
@@ -71,6 +75,7 @@ def measure(
                 "down": down,
                 "disk": disk,
                 "hash": hashed,
+                "host": host,
                 "repetitions": repetitions,
                 "ca": str(identities[name].ca),
                 "certificate": str(identities[name].certificate),
@@ -78,9 +83,8 @@ def measure(
             }
             path = folder / f"{name}.json"
             path.write_text(json.dumps(job))
-            processes[name] = stage.start(
-                name, [sys.executable, str(PROCESS), str(path)], role=role
-            )
+            argv = place(role, [sys.executable, str(PROCESS), str(path)])
+            processes[name] = stage.start(name, argv, role=role)
         try:
             status = processes["server"].wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:

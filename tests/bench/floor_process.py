@@ -128,7 +128,7 @@ def serve(job: dict[str, Any]) -> None:
             failures.append(f"node {index}: {error}")
             barrier.abort()
 
-    listener = socket.create_server(("127.0.0.1", 0), backlog=nodes)
+    listener = socket.create_server((job["host"], 0), backlog=nodes)
     # A finished file appears under its name only when it is whole: the nodes wait for it.
     draft = folder / "port.tmp"
     draft.write_text(str(listener.getsockname()[1]))
@@ -167,7 +167,7 @@ def node(job: dict[str, Any]) -> None:
         if time.monotonic() > until:
             sys.exit("the floor's server did not come up within 30 s")
         time.sleep(0.02)
-    plain = socket.create_connection(("127.0.0.1", int(port_file.read_text())))
+    plain = socket.create_connection((job["host"], int(port_file.read_text())))
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection = context(job, server=False).wrap_socket(plain, server_hostname="localhost")
     source = memoryview(os.urandom(UNIT))

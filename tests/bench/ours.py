@@ -172,18 +172,21 @@ async def _put(connection: Connection, path: Path) -> tuple[Digest, float]:
     return digest, seconds
 
 
-async def _transfers(operator: Operator, folder: Path, repetitions: int) -> dict[str, list[float]]:
+async def transfers(
+    operator: Operator, folder: Path, repetitions: int, size: int = BULK_BYTES
+) -> dict[str, list[float]]:
+    """A blob of ``size`` bytes up and down, once more than ``repetitions``: MB/s of each."""
     connection = Connection(operator.address, _identity(operator), rng=Random(0))
     speeds: dict[str, list[float]] = {"up": [], "down": []}
     try:
         for _ in range(repetitions + 1):
             path, back = folder / "out.bin", folder / "back.bin"
-            path.write_bytes(os.urandom(BULK_BYTES))
+            path.write_bytes(os.urandom(size))
             digest, seconds = await _put(connection, path)
-            speeds["up"].append(BULK_BYTES / seconds / MB)
+            speeds["up"].append(size / seconds / MB)
             begun = time.perf_counter()
             await bulk.fetch(connection, digest, back)
-            speeds["down"].append(BULK_BYTES / (time.perf_counter() - begun) / MB)
+            speeds["down"].append(size / (time.perf_counter() - begun) / MB)
             back.unlink()
     finally:
         await connection.close()
@@ -199,7 +202,7 @@ def bulk_rows(*, repetitions: int, work: Path | None = None) -> list[Row]:
         federation = Federation(Path(folder) / "federation", stage)
         federation.start_coordinator()
         operator = find_operator(folder=federation.folder, config=None, environment={})
-        speeds = asyncio.run(_transfers(operator, Path(folder), repetitions))
+        speeds = asyncio.run(transfers(operator, Path(folder), repetitions))
     return [
         Row(
             what=BULK.format(way=way),

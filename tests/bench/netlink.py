@@ -1,0 +1,159 @@
+"""A long link between two network namespaces: so much delay, so much bandwidth, no loss by itself.
+
+    near  10.203.0.1  tun --[ relay: rate, delay, a queue ]-- tun  10.203.0.2  far
+
+The kernel's own emulator (``tc netem``) is not in every kernel, so packets are passed on by a small
+process that holds each one back: it leaves when the link is free at its rate, and arrives a delay
+later. Packets are large (the MTU), so that the process is not the limit. Needs root and
+/dev/net/tun; ``unavailable`` says why it cannot be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import secrets
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+NEAR, FAR = "10.203.0.1", "10.203.0.2"
+MTU = 16_000  # bytes
+_TUNSETIFF = 0x400454CA
+_IFF_TUN_NO_PI = 0x1001
+_CLONE_NEWNET = 0x40000000
+_PR_SET_PDEATHSIG = 1
+_QUEUE_S = 0.1  # of packets that wait for the link; more are dropped
+_BUFFERS = "4096 131072 67108864"  # of TCP: enough for 1 Gb/s at 100 ms and more
+
+
+def unavailable() -> str | None:
+    """Why there can be no such link here; None: there can."""
+    if os.geteuid() != 0:
+        return "needs root, for network namespaces"
+    if not Path("/dev/net/tun").exists():
+        return "there is no /dev/net/tun"
+    try:
+        subprocess.run(["ip", "netns", "list"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "needs `ip netns` (iproute2)"
+    return None
+
+
+class Link:
+    """Two namespaces and the process between them, for as long as the ``with`` block lasts."""
+
+    def __init__(self, *, delay_s: float, bits_per_s: float) -> None:
+        """
+        Args:
+            delay_s: one way.
+            bits_per_s: in each direction.
+        """
+        token = secrets.token_hex(3)
+        self.near, self.far = f"mgnear{token}", f"mgfar{token}"
+        self._arguments = [self.near, self.far, str(delay_s), str(bits_per_s)]
+        self._relay: subprocess.Popen[str] | None = None
+
+    def inside(self, namespace: str, argv: Sequence[str]) -> list[str]:
+        """The command that runs ``argv`` at one end."""
+        return ["ip", "netns", "exec", namespace, *argv]
+
+    def __enter__(self) -> Link:
+        try:
+            for name in (self.near, self.far):
+                self._run("ip", "netns", "add", name)
+            self._relay = subprocess.Popen(
+                [sys.executable, "-m", "tests.bench.netlink", *self._arguments],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            if self._relay.stdout is None or self._relay.stdout.readline() != "ready\n":
+                raise ChildProcessError("the link did not come up")
+            for name, mine, other in ((self.near, NEAR, FAR), (self.far, FAR, NEAR)):
+                self._ip(name, "link", "set", "lo", "up")
+                self._ip(name, "addr", "add", mine, "peer", other, "dev", "long")
+                self._ip(name, "link", "set", "long", "mtu", str(MTU), "txqueuelen", "2000", "up")
+                for way in ("rmem", "wmem"):
+                    setting = f"net.ipv4.tcp_{way}={_BUFFERS}"
+                    self._run(*self.inside(name, ["sysctl", "-qw", setting]))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._relay is not None:
+            self._relay.kill()
+            self._relay.wait()
+        for name in (self.near, self.far):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+    def _ip(self, namespace: str, *words: str) -> None:
+        self._run("ip", "-n", namespace, *words)
+
+    def _run(self, *argv: str) -> None:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise ChildProcessError(f"{' '.join(argv)}: {done.stderr.strip()}")
+
+
+# -- the process in the middle -------------------------------------------------------------------
+
+
+def _tun(namespace: str) -> int:
+    """A new device in a namespace; its descriptor works from anywhere."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    place = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    if libc.setns(place, _CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
+    os.close(place)
+    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", b"long", _IFF_TUN_NO_PI))
+    return device
+
+
+def relay(ends: tuple[int, int], delay_s: float, bits_per_s: float) -> None:
+    """Pass packets on, for ever."""
+    waiting: dict[int, deque[tuple[float, bytes]]] = {end: deque() for end in ends}  # by source
+    free = dict.fromkeys(ends, 0.0)  # when the link out of it is free
+    target = {ends[0]: ends[1], ends[1]: ends[0]}
+    poll = select.epoll()
+    for end in ends:
+        poll.register(end, select.EPOLLIN)
+    while True:
+        due = min((queue[0][0] for queue in waiting.values() if queue), default=None)
+        pause = -1.0 if due is None else max(0.0, due - time.monotonic())
+        readable = poll.poll(pause)
+        now = time.monotonic()
+        for source, _ in readable:
+            with contextlib.suppress(BlockingIOError):
+                for _packet in range(64):
+                    packet = os.read(source, MTU + 64)
+                    start = max(now, free[source])
+                    if start - now > _QUEUE_S:
+                        continue  # the queue is full
+                    free[source] = start + 8 * len(packet) / bits_per_s
+                    waiting[source].append((free[source] + delay_s, packet))
+        now = time.monotonic()
+        for source, queue in waiting.items():
+            while queue and queue[0][0] <= now:
+                with contextlib.suppress(OSError):  # not up yet, or full: lost
+                    os.write(target[source], queue[0][1])
+                queue.popleft()
+
+
+if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with who started it
+    near, far, delay, rate = sys.argv[1:]
+    both = (_tun(near), _tun(far))
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    relay(both, float(delay), float(rate))
