@@ -35,6 +35,8 @@ from protocols.gen import (
     secure_sum_pb2,
     trust_pb2,
 )
+from protocols.governance.people import ask, canonical_ask
+from protocols.identifiers import FederationId
 from protocols.tlog.kinds import RoundJoin
 from tests.contract.test_door import Upload, begin, finish, ping
 from tests.support.door import Door, enrol_request
@@ -42,6 +44,7 @@ from tests.support.fuzzing import BYTES, EXAMPLES, edited, methods, raw
 from tests.support.leaves import World as Leaves
 from tests.support.secure_nodes import SecureNode, SecureRound
 from tests.support.trust import World as Trusted
+from tests.support.trust import card, signer
 
 LIMITS = replace(
     Limits(), calls_per_s=1e6, calls_burst=1e9, joins_per_s=1e6, joins_burst=1e9, calls_open=4096
@@ -120,7 +123,7 @@ class Target:
 
     def channel(self, name: str, method: str) -> grpc.Channel:
         """Where a caller sends a method."""
-        if method == "Enrolment/Join":
+        if method.startswith("Enrolment/"):
             return self.enrolment
         return self.names.get(name, self.node).channel
 
@@ -134,6 +137,16 @@ def parts(message: Message) -> Iterator[Any]:
                 yield from parts(item)
             elif isinstance(item, str | bytes):
                 yield item
+
+
+def person_request(csr: bytes) -> bytes:
+    """What an auditor of another federation would ask."""
+    key = signer(card("olga", "pa-univ-1", "PA").public, "olga")
+    made = ask(
+        federation=FederationId("demo"), person="olga", role="auditor", csr=csr, signer=key,
+        now=datetime.now(UTC),
+    )  # fmt: skip
+    return canonical_ask(made)
 
 
 def seeds(target: Target) -> dict[str, list[Message]]:
@@ -181,6 +194,11 @@ def seeds(target: Target) -> dict[str, list[Message]]:
         "Bulk/DescribeBlob": [bulk_pb2.DescribeBlobRequest(digest=target.blob)],
         "Bulk/FinishUpload": [bulk_pb2.FinishUploadRequest(upload_id=target.upload_id, leaf=leaf)],
         "Enrolment/Join": [request],
+        "Enrolment/JoinPerson": [
+            enrolment_pb2.PersonEnrolRequest(
+                request=person_request(request.csr_der), csr_der=request.csr_der
+            )
+        ],
         "Log/Deliver": [log_pb2.SubmitRequest(entries=[target.leaf])],
         "Log/Follow": [log_pb2.FollowRequest(size=0)],
         "Log/Prove": [log_pb2.ProveRequest(leaf_hash=bytes(32))],
