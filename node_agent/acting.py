@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, NoReturn, assert_never
 
 from node_agent import consent
 from node_agent.bulk import Announcement, fetch, upload
 from node_agent.capability import base_size, check_memory
+from node_agent.carry import carries, claimed, note_mean, take
 from node_agent.contribution import (
     LocalWork,
     Terms,
@@ -344,7 +346,10 @@ class Actor:
     def _job(self, round_: RoundId, record: RoundRecord, plan: Plan) -> Job:
         models, config = self.site.models, self.site.config
         held = models.open(round_.run, record.start_root)
-        seed = hash_fields("minga/job-seed/v1", str(round_).encode(), self.site.node.encode())
+        # Our own worker goes on reading where the last round stopped: one order for the whole run.
+        order = round_.run if plan.local_step.kind == "builtin" else str(round_)
+        seed = hash_fields("minga/job-seed/v2", order.encode(), self.site.node.encode())
+        carried, most = self._carry(round_, record, plan)
         return Job(
             id=job_id(round_),
             run=round_.run,
@@ -355,11 +360,24 @@ class Actor:
             theta=str(held.theta_path),
             base=config.worker.base_model if plan.model.base is not None else None,
             select=plan.selection_in(record.index),
-            data=DataPaths(train=config.data.train, valid=config.data.valid),
+            data=DataPaths(
+                train=config.data.train, weights=config.data.weights, valid=config.data.valid
+            ),
             seed=int.from_bytes(seed[:8], "big") >> 1,
             threads=config.worker.threads,
             reset_optimizer=not plan.local_step.keep_optimizer,
+            carry=carried,
+            max_steps=most,
         )
+
+    def _carry(
+        self, round_: RoundId, record: RoundRecord, plan: Plan
+    ) -> tuple[tuple[str, ...], int | None]:
+        """Late work to add, and the most steps to do: decided when the job is first made."""
+        launcher = self._launcher(plan)
+        if launcher is None or not carries(plan):
+            return (), None
+        return take(launcher.spool, round_.run, round_.number, plan.selection_in(record.index))
 
     async def _train(self, action: Train) -> None:
         record, plan = self._joined(action.round), self._plan(action.round)
@@ -496,6 +514,8 @@ class Actor:
         self, round_: RoundId, record: RoundRecord, plan: Plan, manifest: Manifest
     ) -> LocalWork:
         launcher = self._launcher(plan)
+        if launcher is not None and claimed(launcher.spool, round_.run, round_.number):
+            raise WorkerError(f"the update of {round_} was put aside for the next round")
         if launcher is None:
             layout = round_layout(plan, record.index, manifest)
             constant = plan.local_step.synthetic.delta if plan.local_step.synthetic else 0.0
@@ -692,6 +712,12 @@ class Actor:
         await asyncio.to_thread(site.journal.add_confirm, record, ending)
         if not stop and computed is not None:
             await asyncio.to_thread(path.unlink, missing_ok=True)
+            launcher = self._launcher(plan)
+            if launcher is not None and carries(plan) and plan.trains_in(seen.index):
+                mean = {"steps": metrics["steps"], "nodes": metrics["nodes"]}
+                await asyncio.to_thread(
+                    partial(note_mean, launcher.spool, round_.run, round_.number, **mean)
+                )
 
     def _own_part(self, round_: RoundId, phase: Released) -> tuple[str, str]:
         """Whether this node's own upload is in the sum exactly when it was handed in."""

@@ -21,7 +21,8 @@ federation = "andes"
 coordinator = "minga.example:443"
 enrolment = "minga.example:8444"
 [data]
-train = ["text/train"]             # files, folders or globs; relative to this file
+train = ["text/train"]             # JSONL or Parquet: files, folders or globs
+weights = [1.0]                    # shares of sequences, one for each of train; left out: one text
 valid = ["text/valid"]
 dataset = "default"                # whose budget training spends
 valid_public = false               # the held-out text may be scored without noise
@@ -38,6 +39,8 @@ device = "auto"                    # "auto" | "cpu" | "cuda"
 threads = 4                        # CPU threads of each rank; left out: the library decides
 base_model = "models/llama-8b"     # folder of the base model that plans may name
 network_interface = "ib0"          # for NCCL and gloo; left out: they decide
+checkpoint_every_s = 600           # in mid-round, for a worker that is killed; 0: never
+carry_over = true                  # work that came too late is added to the next update
 start_within_s = 300
 hangs_after_s = 120
 [allow]
@@ -114,9 +117,18 @@ class DataConfig(_Section):
     """Where the site's text is."""
 
     train: tuple[str, ...] = ()
+    weights: tuple[
+        Annotated[float, Field(gt=0, le=1e6)], ...
+    ] = ()  # one for each of train, or none
     valid: tuple[str, ...] = ()
     dataset: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     valid_public: bool = False
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError("weights has one number for each of train, or is left out")
+        return self
 
 
 class WorkerConfig(_Section):
@@ -127,6 +139,8 @@ class WorkerConfig(_Section):
     threads: int | None = Field(default=None, ge=1, le=1024)
     base_model: str | None = None  # folder of the base model that plans may name
     network_interface: str | None = Field(default=None, pattern=r"^[\w.:=^,-]{1,60}$")
+    checkpoint_every_s: float = Field(default=600.0, ge=0, le=86_400)
+    carry_over: bool = True
     start_within_s: float = Field(default=300.0, gt=0, le=86_400)
     hangs_after_s: float = Field(default=120.0, gt=0, le=86_400)
 
@@ -444,8 +458,9 @@ coordinator = {text(coordinator)}
 enrolment = {text(enrolment)}
 
 [data]
-# Files, folders or globs; relative to this file.
+# JSONL or Parquet: files, folders or globs; relative to this file.
 train = {text(list(data.train))}
+# weights = [1.0]  # shares of training sequences, one for each of train; else all is one text
 valid = {text(list(data.valid))}
 dataset = {text(data.dataset)}  # whose budget training spends
 valid_public = {text(data.valid_public)}  # true: the held-out text may be scored without noise

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from node_agent.config import NodeConfig
 from node_agent.rules import Refusal
-from node_agent.worker.data import DataError, find_files
+from node_agent.worker.text_files import DataError, find_files
 from protocols.plan import Plan
 
 MIN_SITES = 3  # that an opened score of text that is not public depends on, at least

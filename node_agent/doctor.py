@@ -41,7 +41,9 @@ from node_agent.site_policy import load_site_rules
 from node_agent.spool import Spool
 from node_agent.trust_facts import governance_line, log_line
 from node_agent.view import View, read_view
-from node_agent.worker.data import DataError, index_corpus
+from node_agent.worker.data import index_corpus
+from node_agent.worker.mixture import check_apart, slots_of
+from node_agent.worker.text_files import DataError
 from protocols.crypto.identity import Identity, identity_of_certificate
 from protocols.errors import (
     FederationError,
@@ -146,17 +148,25 @@ def check_clock(offset_s: float) -> Finding:
     return ok("clock", f"{abs(offset_s):.1f} s from the coordinator's")
 
 
-def check_data(name: str, paths: tuple[str, ...], *, needed: bool) -> Finding:
-    """Whether a site's text is there, readable and whole: every line is read as the worker does."""
+def check_data(
+    name: str, paths: tuple[str, ...], *, needed: bool, weights: tuple[float, ...] = ()
+) -> Finding:
+    """Whether a site's text is there, readable and whole: all of it is read as the worker does."""
     what, key = f"data ({name})", f"config.toml [data] {name}"
     try:
         corpus = index_corpus(paths)
+        if weights:
+            slots_of(weights)
+            check_apart(paths)
     except DataError as error:
         mends = {
-            "data.malformed": "correct or remove that line; the worker skips nothing silently",
+            "data.malformed": "correct or remove that line or row; nothing is skipped silently",
+            "data.weights": f"correct {key} and weights: one number for each, no file twice",
             "data.missing": f"correct {key}, or let the user who runs the agent read the files",
         }
-        level: Level = "refused" if needed or error.code == "data.malformed" else "warning"
+        level: Level = (
+            "refused" if needed or error.code in ("data.malformed", "data.weights") else "warning"
+        )
         return Finding(
             what=what,
             level=level,
@@ -454,7 +464,9 @@ def examine(
     if governed or node.policy.exists() or node.rules.exists():
         found.extend(check_policy(node, config, now(), governed=governed))
     trains = {"builtin", "flower"} & set(config.allow.local_steps)
-    found.append(check_data("train", config.data.train, needed=bool(trains)))
+    found.append(
+        check_data("train", config.data.train, needed=bool(trains), weights=config.data.weights)
+    )
     found.append(check_data("valid", config.data.valid, needed=False))
     found.append(check_budgets(config))
     if (base := check_base_model(config)) is not None:

@@ -4,12 +4,41 @@ from __future__ import annotations
 
 from typing import Final
 
+from node_agent.carry import carries, close
+from node_agent.launchers.jobs import Launcher
 from node_agent.site import Site
 from node_agent.spool import job_id
+from protocols.errors import WorkerError
 from protocols.identifiers import Digest, RoundId
+from protocols.plan import Plan
 
 KEEP_MODELS: Final = 2  # the one a round starts from, and the one before it
 _JOBS: Final = 8  # earlier rounds whose jobs are looked for: older ones were removed before
+
+
+def _carry(site: Site, launcher: Launcher, plan: Plan, over: RoundId) -> None:
+    """Put aside what a round that is over did and never sent."""
+    found = site.journal.round(over)
+    if found is None:
+        return
+    name, spool = job_id(over), launcher.spool
+    try:
+        result = launcher.result(name)
+    except WorkerError:
+        result = None
+    kept = close(
+        spool,
+        over.run,
+        over.number,
+        sent=over in site.journal.upload_files(over.run).values(),
+        result=result,
+        delta=spool.delta(name),
+        selection=plan.selection_in(found.index),
+        keep=site.config.worker.carry_over,
+    )
+    if kept and result is not None:
+        detail = {"steps": result.steps, "tokens": result.tokens, "norm": result.delta_norm}
+        site.journal.note("carried over", detail, round_=over)
 
 
 def tidy(site: Site, round_: RoundId, *, current: bool) -> None:
@@ -34,6 +63,8 @@ def tidy(site: Site, round_: RoundId, *, current: bool) -> None:
     joined = [RoundId(run, number) for number in site.journal.open_rounds(run)]
     if launcher is not None:
         for over in [earlier for earlier in joined if earlier.number < end][-_JOBS:]:
+            if carries(record.plan):
+                _carry(site, launcher, record.plan, over)
             launcher.forget(job_id(over))
     if not current:
         return  # the model that was just computed has no round of its own yet

@@ -292,7 +292,7 @@ def _answered(spool: Spool, name: str) -> bool:
 
 
 def _answer(path: Path, *, spool: Spool, stop: Stop, clock: Clock, duty: Duty) -> None:
-    """Do one job and write its answer. Raises only what ``fatal`` says must end the process."""
+    """Do one job and write its answer. Raises only what must end the process: see Duty."""
     name = path.name.removesuffix(".json")
     status = StatusWriter(spool.status(name), now=clock.now)
     try:
@@ -319,6 +319,11 @@ def _answer(path: Path, *, spool: Spool, stop: Stop, clock: Clock, duty: Duty) -
         context.say("failed", code=error.code, message=str(error))
     except Exception as error:
         traceback.print_exc()
+        if duty.lost(error):
+            last = last_status(spool, name)
+            if last is None or last.event not in FINAL_EVENTS:  # else another rank said why
+                context.say("interrupted", message=f"another rank is gone: {error}"[:200])
+            raise
         text = f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # a full disk may be the very reason
             context.say("failed", code="worker.crashed", message=text)
@@ -344,6 +349,7 @@ class Duty:
     work: Work  # does one job; raises the three errors above
     idle: Callable[[], None] = lambda: None  # called about five times a second without a job
     fatal: Callable[[BaseException], bool] = lambda _: False  # is the process in doubt after this?
+    lost: Callable[[BaseException], bool] = lambda _: False  # was it another process that died?
     end: Callable[[], None] = lambda: None  # after the last job
 
 

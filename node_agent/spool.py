@@ -12,6 +12,7 @@ so the same worker runs as a child process or inside a Slurm allocation.
     out/<id>/spent.json    what it used before it was interrupted
     out/<id>/result.json   the last file written: when it is there, everything else is
     state/<run>/           the worker's own memory between rounds; nobody else reads it
+    carry/<run>/           the agent's: late updates that wait for the next round (carry.py)
 
 Files appear whole: written under a temporary name, made durable, renamed. Reading is strict, and
 ``read_result`` trusts nothing it can check: sizes, digest, finite numbers.
@@ -54,6 +55,7 @@ _READ: Final = 2**20  # coordinates read at a time when a delta is checked
 Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Weight = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 EventName = Literal[
@@ -80,9 +82,10 @@ class DataPaths(_Document):
     """Where the site keeps its text: files, folders or globs, absolute."""
 
     train: tuple[str, ...] = ()
+    weights: tuple[Weight, ...] = ()  # one for each of train, or none: all text is one data set
     valid: tuple[str, ...] = ()
 
-    @field_validator("train", "valid", mode="before")
+    @field_validator("train", "weights", "valid", mode="before")
     @classmethod
     def _tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -94,6 +97,12 @@ class DataPaths(_Document):
             if not Path(path).is_absolute() or "\0" in path:
                 raise ValueError(f"{path!r} is not an absolute path")
         return value
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError("weights has one number for each of train, or none")
+        return self
 
 
 class Job(_Document):
@@ -117,8 +126,9 @@ class Job(_Document):
     seed: int = Field(ge=0, le=2**63 - 1)  # of the site's order of documents
     threads: int | None = Field(default=None, ge=1, le=1024)  # CPU threads of each rank
     reset_optimizer: bool = False
+    carry: tuple[str, ...] = ()  # paths of earlier updates of these tensors, added to this one
 
-    @field_validator("select", mode="before")
+    @field_validator("select", "carry", mode="before")
     @classmethod
     def _tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -134,6 +144,8 @@ class Job(_Document):
     def _consistent(self) -> Self:
         if self.id != job_id(RoundId(parse_run_id(self.run), self.round)):
             raise ValueError(f"id {self.id!r} is not that of run {self.run} round {self.round}")
+        if any(not Path(path).is_absolute() or "\0" in path for path in self.carry):
+            raise ValueError("carry holds a path that is not absolute")
         if isinstance(self.select, tuple) and not self.select:
             raise ValueError('select must name a tensor, or be "all" or "none"')
         return self
@@ -518,10 +530,9 @@ def request_drain(spool: Spool) -> None:
 
 
 def keep_spent(spool: Spool, name: str, spent: Spent) -> None:
-    """What an interrupted job used: added to what it used before."""
-    before = read_spent(spool, name)
+    """Note what an unfinished job used so far, over all its beginnings."""
     spool.out(name).mkdir(parents=True, exist_ok=True, mode=0o700)
-    atomic_write(spool.spent(name), (spent if before is None else before + spent).to_bytes())
+    atomic_write(spool.spent(name), spent.to_bytes())
 
 
 def read_spent(spool: Spool, name: str) -> Spent | None:
@@ -549,6 +560,7 @@ def forget_run(spool: Spool, run: str) -> None:
     for path in [*spool.jobs.glob(f"{run}.*"), *(spool.root / "out").glob(f"{run}.*")]:
         forget_job(spool, path.name.removesuffix(".json").removesuffix(".cancel"))
     shutil.rmtree(spool.state(run), ignore_errors=True)
+    shutil.rmtree(spool.root / "carry" / run, ignore_errors=True)
 
 
 def read_worker(spool: Spool) -> WorkerInfo | None:

@@ -48,7 +48,10 @@ _LOG_LIMIT: Final = 16 * 2**20  # bytes; then the log is put aside
 
 def worker_arguments(config: WorkerConfig, spool: Spool) -> list[str]:
     """What the training worker is told, wherever it runs."""
-    return ["--spool", str(spool.root), "--device", config.device]
+    return [
+        *("--spool", str(spool.root), "--device", config.device),
+        *("--checkpoint-every-s", f"{config.checkpoint_every_s:g}"),
+    ]
 
 
 def worker_command(config: WorkerConfig, spool: Spool, *, parent: int) -> list[str]:

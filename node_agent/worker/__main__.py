@@ -37,6 +37,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="recompute activations instead of keeping them; auto: large models on CUDA",
     )
     parser.add_argument(
+        "--checkpoint-every-s",
+        type=float,
+        default=600.0,
+        help="of training: put the middle of a round away, for a worker that is killed; 0: never",
+    )
+    parser.add_argument(
         "--timeout-s", type=float, default=3600.0, help="of one collective between ranks"
     )
     return parser.parse_args(arguments)

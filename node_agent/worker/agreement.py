@@ -26,6 +26,7 @@ class Decision(IntEnum):
     ENOUGH = 1
     CANCELLED = 2
     INTERRUPTED = 3
+    PUT_AWAY = 4  # and go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Gate:
         values: Sequence[float],
         *,
         enough: bool = False,
+        due: bool = False,
         trouble: JobFailedError | None = None,
     ) -> Meeting:
         """Add up ``values`` over the ranks and hear rank 0's decision.
@@ -55,6 +57,7 @@ class Gate:
         Args:
             values: this rank's contribution.
             enough: rank 0: whether the work is done; ignored elsewhere.
+            due: rank 0: whether it is time to put the middle away; ignored elsewhere.
             trouble: why this rank cannot go on, if so.
 
         Raises:
@@ -62,7 +65,7 @@ class Gate:
         """
         decision = Decision.GO_ON
         if self._context is not None:
-            decision = self._decide(self._context, enough=enough)
+            decision = self._decide(self._context, enough=enough, due=due)
         bad = 0.0 if trouble is None else 1.0
         chosen, troubles, *sums = self._ranks.summed([float(decision), bad, *values])
         if troubles:
@@ -70,12 +73,14 @@ class Gate:
         return Meeting(Decision(int(chosen)), sums)
 
     @staticmethod
-    def _decide(context: JobContext, *, enough: bool) -> Decision:
+    def _decide(context: JobContext, *, enough: bool, due: bool) -> Decision:
         if context.withdrawn():
             return Decision.CANCELLED
         if enough:  # before the interruption: what is finished need not be resumed
             return Decision.ENOUGH
-        return Decision.INTERRUPTED if context.stop.reason() else Decision.GO_ON
+        if context.stop.reason():
+            return Decision.INTERRUPTED
+        return Decision.PUT_AWAY if due else Decision.GO_ON
 
     def leave(self, decision: Decision) -> None:
         """End the job on every rank if it was cancelled or interrupted.

@@ -1,9 +1,4 @@
-"""A site's text: JSONL files in, fixed-length sequences of tokens out. No torch.
-
-Each line is one JSON object with the string ``text``; ``lang`` names its language for evaluation;
-other keys are ignored, blank lines hold no document. A line that cannot be read fails the job and
-is named by file and line: leaving it out silently would train on other data than the site agreed
-to.
+"""A site's text as fixed-length sequences of tokens. No torch. Files: text_files.py.
 
 A document becomes tokens as its encoder says (tokens.py): ``BOS bytes EOS``, or what a base model's
 tokenizer makes of it between a first and a last token. An epoch is all documents in an order
@@ -12,111 +7,32 @@ of the stream but the first is predicted exactly once per epoch. Sequence number
 sequence ``p % n`` of epoch ``p // n``: one integer is the exact position, and any rank can
 compute any sequence without reading what comes before. Memory is a few numbers per document; the
 text stays on disk.
+
+Rows of Parquet are read a row group at a time. So an epoch takes row groups in a drawn order, some
+of them together until they hold ``WINDOW`` bytes of text, and mixes the documents of such a window.
+Lines of JSONL are mixed over the whole epoch.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
-import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappush, heappushpop
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from node_agent.resident import JobFailedError
+from node_agent.worker.text_files import DataError, Reread, documents, find_files
 from node_agent.worker.tokens import BYTES, PAD, Encoder, Tokens
 
 IGNORE: Final = -100  # label of a position that is not predicted
+WINDOW: Final = 2**27  # bytes of text in row groups that are mixed with each other
 
 _CACHE_BYTES: Final = 32 * 2**20  # of documents as tokens: one long document spans many sequences
-_OPEN_FILES: Final = 64
-_UNKNOWN: Final = "und"  # ISO 639: undetermined
-_MAX_LANGUAGE: Final = 64  # characters
-
-
-class DataError(JobFailedError):
-    """The site's data cannot be used: ``data.missing``, ``.empty``, ``.malformed``, ``.changed``"""
-
-
-# -- finding and reading -------------------------------------------------------------------------
-
-
-def find_files(paths: Sequence[str]) -> tuple[Path, ...]:
-    """The files that paths, folders (``*.jsonl`` below them) and globs name; sorted, each once.
-
-    Raises:
-        DataError: data.missing for a path or glob with nothing there, data.empty for a folder
-            without ``*.jsonl``, or when no path is given at all.
-    """
-    if not paths:
-        raise DataError("data.empty", "no data is configured")
-    found: dict[Path, Path] = {}
-    for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*.jsonl") if file.is_file())
-            if not files:
-                raise DataError("data.empty", f"the folder {path} holds no *.jsonl file")
-        elif path.is_file():
-            files = [path]
-        else:
-            files = sorted(Path(name) for name in glob.glob(text, recursive=True))  # noqa: PTH207
-            files = [file for file in files if file.is_file()]
-            if not files:
-                raise DataError("data.missing", f"there is no data at {text}")
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    return tuple(found[key] for key in sorted(found))
-
-
-def _record(line: bytes, where: str) -> tuple[bytes, str]:
-    """Text (UTF-8) and language of one line; the sentence never quotes the text itself."""
-    try:
-        value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        reason = f"is not JSON ({error.msg} at column {error.colno})"
-    except UnicodeDecodeError:
-        reason = "is not UTF-8"
-    except RecursionError:
-        reason = "is nested too deeply"
-    else:
-        if not isinstance(value, dict):
-            reason = "is not a JSON object"
-        elif not isinstance(value.get("text"), str):
-            reason = 'has no string "text"'
-        elif not _is_language(value.get("lang", _UNKNOWN)):
-            reason = f'has a "lang" that is not a string of 1 to {_MAX_LANGUAGE} characters'
-        else:
-            try:
-                return value["text"].encode(), value.get("lang", _UNKNOWN)
-            except UnicodeEncodeError:
-                reason = 'holds half of a surrogate pair in its "text"'
-    raise DataError("data.malformed", f"{where}: the line {reason}")
-
-
-def _is_language(value: Any) -> bool:
-    return isinstance(value, str) and 1 <= len(value) <= _MAX_LANGUAGE
-
-
-def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Line number, byte offset and bytes of each line that is not blank."""
-    offset = 0
-    try:
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, offset, line
-                offset += len(line)
-    except OSError as error:
-        raise DataError("data.missing", f"cannot read {file}: {error.strerror}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +41,10 @@ class Corpus:
 
     files: tuple[str, ...]
     file: NDArray[np.int32]  # index into files
-    offset: NDArray[np.int64]  # of the line, in bytes
-    length: NDArray[np.int64]  # of the line, in bytes
+    offset: NDArray[np.int64]  # of the line, in bytes; of a row: its number in its row group
+    length: NDArray[np.int64]  # of the line, in bytes; 0 of a row
+    group: NDArray[np.int32]  # number of its row group among all files'; -1 of a line
+    first: NDArray[np.int64]  # shape [files]: number of each file's first row group
     text: NDArray[np.int64]  # UTF-8 bytes of the text
     tokens: NDArray[np.int64]  # of the document, first and last ones included
     fingerprint: str  # of the texts in order, hexadecimal
@@ -137,28 +55,32 @@ class Corpus:
 
 
 def index_corpus(paths: Sequence[str], encoder: Encoder = BYTES) -> Corpus:
-    """Read and check every line once; remember where the documents are and how long.
+    """Read and check every document once; remember where the documents are and how long.
 
     Args:
         paths: see ``find_files``.
         encoder: how documents become tokens.
 
     Raises:
-        DataError: see ``find_files``; data.malformed names the first bad line; data.empty when
-            no line holds any text.
+        DataError: see ``find_files``; data.malformed names the first bad line or row; data.empty
+            when nothing holds any text.
     """
     files = find_files(paths)
-    rows = array("q")  # five numbers per document: tuples would take ten times the memory
+    rows = array("q")  # six numbers per document: tuples would take ten times the memory
     digest = hashlib.sha256()
     if encoder.name != BYTES.name:
         digest.update(encoder.name.encode())
+    first, groups = [], 0
     for index, file in enumerate(files):
-        for number, offset, line in _lines(file):
-            text, _ = _record(line, f"{file}:{number}")
+        first.append(groups)
+        for found in documents(file):
+            text = found.text
             length = len(text) + 2 if encoder is BYTES else encoder.encode(text).size
-            rows.extend((index, offset, len(line), len(text), length))
+            group = -1 if found.group < 0 else first[-1] + found.group
+            groups = max(groups, group + 1)
+            rows.extend((index, found.at, found.size, len(text), length, group))
             digest.update(len(text).to_bytes(8, "little") + text)
-    table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 5)
+    table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 6)
     if int(table[:, 3].sum()) == 0:
         raise DataError("data.empty", f"no text in {', '.join(str(file) for file in files)}")
     return Corpus(
@@ -166,6 +88,8 @@ def index_corpus(paths: Sequence[str], encoder: Encoder = BYTES) -> Corpus:
         file=table[:, 0].astype(np.int32),
         offset=table[:, 1].copy(),
         length=table[:, 2].copy(),
+        group=table[:, 5].astype(np.int32),
+        first=np.array(first, dtype=np.int64),
         text=table[:, 3].copy(),
         tokens=table[:, 4].copy(),
         fingerprint=digest.hexdigest(),
@@ -173,19 +97,18 @@ def index_corpus(paths: Sequence[str], encoder: Encoder = BYTES) -> Corpus:
 
 
 class TextReader:
-    """Reads documents of a corpus as tokens; keeps the latest ones and a few open files."""
+    """Reads documents of a corpus as tokens; keeps the latest ones."""
 
     def __init__(self, corpus: Corpus, encoder: Encoder) -> None:
         self._corpus = corpus
         self._encoder = encoder
         self._held: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
         self._bytes = 0  # of what is held
-        self._open: OrderedDict[int, int] = OrderedDict()  # file index -> descriptor
+        self._files = Reread(corpus.files)
 
     def close(self) -> None:
         """Close the files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._files.close()
 
     def tokens(self, document: int) -> Tokens:
         """One document, from its first token to its last.
@@ -197,17 +120,14 @@ class TextReader:
             self._held.move_to_end(document)
             return self._held[document].astype(np.int64)
         corpus = self._corpus
-        file = int(corpus.file[document])
+        file, group = int(corpus.file[document]), int(corpus.group[document])
         tokens = None
-        try:
-            line = os.pread(
-                self._descriptor(file),
-                int(corpus.length[document]),
-                int(corpus.offset[document]),
-            )
-            text, _ = _record(line, corpus.files[file])
-        except (OSError, DataError):
-            text = None
+        text = self._files.text(
+            file,
+            at=int(corpus.offset[document]),
+            size=int(corpus.length[document]),
+            group=group if group < 0 else group - int(corpus.first[file]),
+        )
         if text is not None and len(text) == int(corpus.text[document]):
             tokens = self._encoder.encode(text)
         if tokens is None or tokens.size != int(corpus.tokens[document]):
@@ -217,15 +137,6 @@ class TextReader:
         while self._bytes > _CACHE_BYTES and len(self._held) > 1:
             self._bytes -= 4 * self._held.popitem(last=False)[1].size
         return tokens
-
-    def _descriptor(self, file: int) -> int:
-        if file in self._open:
-            self._open.move_to_end(file)
-        else:
-            self._open[file] = os.open(self._corpus.files[file], os.O_RDONLY)
-            if len(self._open) > _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        return self._open[file]
 
 
 # -- training sequences --------------------------------------------------------------------------
@@ -237,8 +148,46 @@ def epoch_order(documents: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     Sorts by raw PCG64 output, which numpy keeps stable between versions (NEP 19) unlike
     ``Generator.permutation``; a stored position thus means the same after an upgrade.
     """
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
-    return np.argsort(bits.random_raw(documents), kind="stable")
+    return np.argsort(_words(documents, seed=seed, epoch=epoch), kind="stable")
+
+
+def _words(count: int, *, seed: int, epoch: int) -> NDArray[np.uint64]:
+    return np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+
+
+def windowed_order(
+    group_D: NDArray[np.int32],
+    text_D: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: int,
+    window: int = WINDOW,
+) -> NDArray[np.int64]:
+    """The order of documents in one epoch where row groups are read whole: a permutation.
+
+    Args:
+        group_D: int32 [documents], the row group of each; -1 of those that can be read alone,
+            which go to any window.
+        text_D: int64 [documents], bytes.
+        seed, epoch: as in ``epoch_order``.
+        window: bytes of text in row groups that are mixed; one of them at least.
+    """
+    documents, groups = group_D.size, int(group_D.max()) + 1
+    words = _words(2 * documents + groups, seed=seed, epoch=epoch)
+    mixed, strays, places = np.split(words, (documents, 2 * documents))
+    held = group_D >= 0
+    size_G = np.bincount(group_D[held], weights=text_D[held], minlength=groups).astype(np.int64)
+    drawn = np.argsort(places, kind="stable")
+    window_G = np.empty(groups, dtype=np.int64)
+    number, filled = 0, 0
+    for group in drawn.tolist():
+        if filled and filled + int(size_G[group]) > window:
+            number, filled = number + 1, 0
+        window_G[group] = number
+        filled += int(size_G[group])
+    window_D = (strays % np.uint64(number + 1)).astype(np.int64)
+    window_D[held] = window_G[group_D[held]]
+    return np.lexsort((mixed, window_D))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,12 +244,18 @@ class PackedText:
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
-            order = epoch_order(self._corpus.documents, seed=self._seed, epoch=number)
+            order = self._order(number)
             sizes = self._corpus.tokens[order]
             self._epochs[number] = _Epoch(order, np.cumsum(sizes) - sizes)
             while len(self._epochs) > 2:  # a batch touches two epochs at most, at their border
                 self._epochs.popitem(last=False)
         return self._epochs[number]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        corpus = self._corpus
+        if (corpus.group < 0).all():
+            return epoch_order(corpus.documents, seed=self._seed, epoch=epoch)
+        return windowed_order(corpus.group, corpus.text, seed=self._seed, epoch=epoch)
 
     def _tokens(self, epoch: _Epoch, start: int, stop: int) -> Tokens:
         """Tokens ``start`` to ``stop`` of the stream, cut at its end."""
@@ -342,8 +297,8 @@ def held_out(paths: Sequence[str], *, limit: int | None) -> tuple[HeldOut, ...]:
     smallest: list[tuple[int, int, HeldOut]] = []  # a heap whose top is the largest hash
     count = 0
     for file in files:
-        for number, _, line in _lines(file):
-            text, language = _record(line, f"{file}:{number}")
+        for found in documents(file):
+            text, language = found.text, found.language
             if not text:
                 continue
             key = hashlib.sha256(language.encode() + b"\0" + text).digest()

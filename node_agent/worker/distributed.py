@@ -120,6 +120,16 @@ def start(choice: DeviceChoice, *, environment: Mapping[str, str], timeout_s: fl
     return Ranks(dist.get_rank(), world, device, backend, control)
 
 
+def peer_lost(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone, and nothing about this one.
+
+    NCCL's errors have a class; gloo's are known by the name of its transport.
+    """
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
 def leave() -> None:
     """End the group, if there is one; peers that are gone already are no reason to fail."""
     if dist.is_initialized():

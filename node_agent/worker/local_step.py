@@ -11,7 +11,7 @@ another step, so all ranks do the same number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -22,11 +22,13 @@ from node_agent.job_files import least
 from node_agent.resident import Clock, JobContext, JobFailedError
 from node_agent.spool import Job
 from node_agent.worker.agreement import Decision, Gate
-from node_agent.worker.data import IGNORE, DataError, PackedText
+from node_agent.worker.data import IGNORE
 from node_agent.worker.distributed import Ranks
+from node_agent.worker.mixture import Sequences
 from node_agent.worker.model import ResidentModel, on_device
 from node_agent.worker.optimizer import InnerOptimizer
 from node_agent.worker.state import Progress
+from node_agent.worker.text_files import DataError
 from node_agent.worker.tokens import PAD, Tokens
 from protocols.plan import LocalStep
 
@@ -93,7 +95,7 @@ class Batch:
     records: int  # sequences in the whole batch
 
 
-def read_batch(text: PackedText, position: int, *, step: LocalStep, ranks: Ranks) -> Batch:
+def read_batch(text: Sequences, position: int, *, step: LocalStep, ranks: Ranks) -> Batch:
     """Read this rank's sequences of the batch that begins at ``position``.
 
     Ranks get equally many rows, because each must take part in every collective; a missing row is
@@ -117,7 +119,7 @@ class LocalStepRun:
 
     model: ResidentModel
     optimizer: InnerOptimizer
-    text: PackedText
+    text: Sequences
     step: LocalStep
     limits: Limits
     ranks: Ranks
@@ -128,6 +130,8 @@ class LocalStepRun:
     progress: Progress
     context: JobContext | None = None  # on rank 0
     my_steps: int = 0
+    put_away_every_s: float | None = None  # None: only when the job is interrupted
+    put_away: Callable[[], None] = lambda: None  # the middle, on all ranks together
 
     def run(self) -> None:
         """Train until the time box is full.
@@ -142,13 +146,14 @@ class LocalStepRun:
         self.model.module.train()
         said = _Spoken(self.clock.monotonic(), self.progress.tokens, self.progress.loss_nats)
         loss, began = 0.0, self.clock.monotonic()
-        before = self.progress.seconds
+        before, kept_at = self.progress.seconds, began
         while True:
             self.progress.seconds = before + self.clock.monotonic() - began
             batch, trouble = self._read()
             meeting = self.gate.meet(
                 [loss],
                 enough=self.limits.reached(self.progress, now=self.clock.now()),
+                due=self._due(kept_at),
                 trouble=trouble,
             )
             loss = 0.0
@@ -163,6 +168,9 @@ class LocalStepRun:
             self.gate.leave(meeting.decision)
             if meeting.decision is Decision.ENOUGH or batch is None:
                 return
+            if meeting.decision is Decision.PUT_AWAY:
+                self.put_away()
+                kept_at = self.clock.monotonic()
             loss = self._backward(batch)
             self.optimizer.apply()
             self.position += batch.records
@@ -170,6 +178,10 @@ class LocalStepRun:
             self.progress.tokens += batch.tokens
             self.progress.records += batch.records
             self.my_steps += 1
+
+    def _due(self, kept_at: float) -> bool:
+        every = self.put_away_every_s
+        return every is not None and self.clock.monotonic() - kept_at >= every
 
     def _read(self) -> tuple[Batch | None, DataError | None]:
         try:

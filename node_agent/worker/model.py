@@ -205,6 +205,10 @@ class ResidentModel:
             start = theta_D[segment.start : segment.stop].reshape(specs[part.name].shape)
             yield part.name, whole.detach().cpu().numpy() - start
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """One of the manifest's tensors, whole or sharded. Raises: KeyError."""
+        return self._parameters[name]
+
     @property
     def has_shards(self) -> bool:
         """Whether any tensor is spread over ranks: each forward pass is then a collective."""

@@ -42,7 +42,14 @@ def duty(options: argparse.Namespace, spool: Spool, clock: Clock) -> Duty:
         torch=str(torch.__version__),
         started_at=clock.now(),
     )
-    return Duty(info=info, work=trainer.do, idle=trainer.idle, fatal=trainer.fatal, end=end)
+    return Duty(
+        info=info,
+        work=trainer.do,
+        idle=trainer.idle,
+        fatal=trainer.fatal,
+        lost=lambda error: ranks.sharded and distributed.peer_lost(error),
+        end=end,
+    )
 
 
 def follow(options: argparse.Namespace, spool: Spool, clock: Clock) -> None:
@@ -67,6 +74,7 @@ def _make(options: argparse.Namespace, spool: Spool, clock: Clock) -> tuple[Trai
     made = Options(
         micro_batch=options.micro_batch,
         checkpointing=_CHECKPOINTING[options.checkpointing],
+        put_away_every_s=options.checkpoint_every_s or None,
         flower=flower,
     )
     return Trainer(ranks, options=made, clock=clock, spool=spool), ranks

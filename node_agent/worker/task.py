@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from node_agent.job_files import Theta
@@ -22,10 +23,11 @@ from node_agent.resident import Clock, JobContext, JobFailedError, JobInterrupte
 from node_agent.spool import DeltaSummary, DeltaWriter, Job, Spool
 from node_agent.worker import state
 from node_agent.worker.agreement import Gate, agree
-from node_agent.worker.data import Corpus, HeldOut, PackedText
+from node_agent.worker.data import Corpus, HeldOut
 from node_agent.worker.distributed import Ranks
 from node_agent.worker.evaluation import evaluate
 from node_agent.worker.local_step import Limits, LocalStepRun
+from node_agent.worker.mixture import Sequences, sequences
 from node_agent.worker.model import ResidentModel
 from node_agent.worker.optimizer import InnerOptimizer, Moments
 from node_agent.worker.per_record import ClippedSum, structure_of
@@ -46,7 +48,7 @@ class Brief:
     job: Job
     plan: Plan
     manifest: Manifest
-    corpus: Corpus | None  # None in an evaluation-only round
+    corpora: tuple[Corpus, ...]  # one, or one for each weight; none in an evaluation-only round
     documents: tuple[HeldOut, ...]  # empty when nothing is evaluated
     folder: ModelFolder | None = None  # of the base model, if the plan has one
 
@@ -66,6 +68,8 @@ class Task:
     random_bytes: Callable[[int], bytes] = field(repr=False)
     encoder: Encoder
     context: JobContext | None  # on rank 0
+    put_away_every_s: float | None = None  # None: only when the job is interrupted
+    put_away: Callable[[], None] = lambda: None  # what else is noted at that moment
 
     def remark(self, message: str) -> None:
         """Tell the operator what does not stop the job."""
@@ -93,7 +97,7 @@ class Task:
             return None
         optimizer = self.brief.plan.local_step.optimizer
         wanted = (job.run, folder.name, optimizer)
-        if held is not None and (held.run, f"{held.round:06d}", held.optimizer) == wanted:
+        if held is not None and (held.run, state.folder_name(held), held.optimizer) == wanted:
             return held
         memory = self._read_memory(folder)
         if memory is not None and memory.partial is not None:
@@ -103,14 +107,14 @@ class Task:
     def _read_memory(self, folder: Path) -> Memory | None:
         ranks = self.ranks
         try:
-            memory = agree(ranks, lambda: state.load(folder, rank=ranks.rank, device=ranks.device))
+            memory = state.load(folder, ranks, like=self.model.parameter)
         except JobFailedError as error:
             # The moments are a convenience: a site must not be stuck because they are spoilt.
             self.remark(f"{error}; training goes on without it")
             return None
-        if memory.world == ranks.world and memory.optimizer == self.brief.plan.local_step.optimizer:
+        if memory.optimizer == self.brief.plan.local_step.optimizer:
             return memory
-        self.remark(f"the state of {folder.name} is of another optimizer or number of ranks")
+        self.remark(f"the state of {folder.name} is of another optimizer")
         memory.moments, memory.updates, memory.partial = {}, 0, None  # the position still holds
         return memory
 
@@ -140,12 +144,11 @@ class Task:
     # -- training --------------------------------------------------------------------------------
 
     def train(
-        self, corpus: Corpus, memory: Memory | None, evaluation: list[dict[str, Any]]
+        self, memory: Memory | None, evaluation: list[dict[str, Any]]
     ) -> tuple[LocalStepRun, Memory]:
         """Train in the time box.
 
         Args:
-            corpus: the site's documents.
             memory: what ``recall`` found; used up.
             evaluation: rows to keep if the round is interrupted.
 
@@ -158,10 +161,18 @@ class Task:
             JobInterruptedError: the middle is on disk.
         """
         job, step = self.brief.job, self.brief.plan.local_step
-        text = PackedText(
-            corpus, sequence_length=step.sequence_length, seed=job.seed, encoder=self.encoder
+        corpora, weights = self.brief.corpora, job.data.weights
+        text = agree(
+            self.ranks,
+            lambda: sequences(
+                corpora,
+                weights,
+                sequence_length=step.sequence_length,
+                seed=job.seed,
+                encoder=self.encoder,
+            ),
         )
-        data = _fingerprint(corpus, step.sequence_length, job.seed)
+        data = _fingerprint(corpora, weights, step.sequence_length, job.seed)
         run = LocalStepRun(
             model=self.model,
             optimizer=InnerOptimizer(self.model, step, self.ranks),
@@ -272,10 +283,13 @@ class Task:
         remember: Callable[[Partial | None], Memory],
         evaluation: list[dict[str, Any]],
     ) -> None:
-        """Run; put the middle away if it is interrupted."""
-        try:
-            run.run()
-        except JobInterruptedError:
+        """Run; put the middle away if it is interrupted, and now and then.
+
+        A private run is put away only when it is interrupted: after a kill all of its steps are
+        done again, with fresh samples and fresh noise.
+        """
+
+        def put_away() -> None:
             middle = Partial(
                 work=state.work_of(self.brief.job),
                 progress=run.progress,
@@ -284,8 +298,16 @@ class Task:
             )
             try:
                 self.keep(remember(middle))
-            except JobFailedError as error:  # still interrupted: the round begins again instead
+                self.put_away()
+            except JobFailedError as error:  # what was put away before, if anything, still holds
                 self.remark(f"the middle of the round could not be put away: {error}")
+
+        if isinstance(run, LocalStepRun):
+            run.put_away, run.put_away_every_s = put_away, self.put_away_every_s
+        try:
+            run.run()
+        except JobInterruptedError:
+            put_away()
             raise
 
     def _resume(self, run: LocalStepRun | PrivateRun, memory: Memory | None) -> None:
@@ -339,10 +361,27 @@ class Task:
         Raises:
             JobFailedError: storage.
         """
-        state.save(self.spool.state(memory.run), memory, self.ranks)
+        root = self.spool.state(memory.run)
+        state.save(root, memory, self.ranks, like=self.model.parameter)
         return memory
 
     # -- the update ------------------------------------------------------------------------------
+
+    def _carried(self) -> list[Theta]:
+        """Earlier updates of the same tensors, mapped.
+
+        Raises:
+            JobFailedError: job.carry: one has another size.
+            OSError: one is gone.
+        """
+        count = sum(part.whole.numel() for part in self.model.trainable)
+        found: list[Theta] = []
+        for path in self.brief.job.carry:
+            size = Path(path).stat().st_size
+            if size != 4 * count:
+                raise JobFailedError("job.carry", f"{path} has {size} bytes, not {4 * count}")
+            found.append(np.memmap(path, dtype="<f4", mode="r", shape=(count,)))
+        return found
 
     def write_delta(self, shared: Sequence[tuple[str, Theta]] = ()) -> DeltaSummary:
         """Stream the update to disk on rank 0; the others help to gather it.
@@ -355,15 +394,18 @@ class Task:
         """
         ranks = self.ranks
         path = None if self.context is None else self.spool.delta(self.brief.job.id)
+        carried = agree(ranks, lambda: self._carried() if ranks.first else [])
         writer = agree(ranks, lambda: None if path is None else DeltaWriter(path))
 
         def gather() -> DeltaSummary | None:
             failed: NonFiniteUpdateError | OSError | None = None
+            at = 0
             for name, part in shared or self.model.difference(self.theta):
                 if writer is None or failed is not None:
                     continue  # the other ranks still wait for us in each gather
                 try:
-                    writer.add(name, part)
+                    writer.add(name, _with_carry(part, carried, at))
+                    at += part.size
                 except (NonFiniteUpdateError, OSError) as error:
                     failed = error
             if isinstance(failed, NonFiniteUpdateError):
@@ -377,13 +419,23 @@ class Task:
         return summary
 
 
-def _fingerprint(corpus: Corpus, sequence_length: int, seed: int) -> str:
+def _with_carry(part: Theta, carried: Sequence[Theta], at: int) -> Theta:
+    """One tensor's update and what earlier rounds left of it, in float32."""
+    for earlier in carried:
+        part = part + earlier[at : at + part.size].reshape(part.shape)
+    return part
+
+
+def _fingerprint(
+    corpora: Sequence[Corpus], weights: Sequence[float], sequence_length: int, seed: int
+) -> str:
     """What a stored position refers to."""
-    text = f"{corpus.fingerprint} {sequence_length} {seed}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    named = " ".join(corpus.fingerprint for corpus in corpora)
+    shares = "".join(f" {weight!r}" for weight in weights)
+    return hashlib.sha256(f"{named} {sequence_length} {seed}{shares}".encode()).hexdigest()
 
 
-def _position(memory: Memory | None, text: PackedText, fingerprint: str) -> int:
+def _position(memory: Memory | None, text: Sequences, fingerprint: str) -> int:
     """Where the data goes on: exactly, or at the next epoch when the data is not the same."""
     if memory is None:
         return 0

@@ -3,10 +3,11 @@
     rank 0:  read and check everything, tell the others          failure -> all give up the job
     all:     model (reused while its structure stays), theta
     all:     evaluate the round's starting model
-    all:     train in the time box                               interruption -> put the middle away
+    all:     train in the time box                 timer, interruption -> put the middle away
     all:     rank 0 streams delta.f32; save the state
     rank 0:  result.json (resident.py), last
 
+The middle of a round is put away on a timer as well: a killed worker loses minutes, not the round.
 The model, the optimizer's moments and the position in the data stay in memory between rounds; the
 copy on disk is for a restart. Both give the same bits.
 """
@@ -36,15 +37,17 @@ from node_agent.spool import (
     Evaluation,
     Job,
     Result,
+    Spent,
     Spool,
     StatusWriter,
     keep_spent,
     read_spent,
 )
 from node_agent.worker.agreement import Gate, agree
-from node_agent.worker.data import Corpus, HeldOut, find_files, held_out, index_corpus
+from node_agent.worker.data import Corpus, HeldOut, held_out, index_corpus
 from node_agent.worker.distributed import Ranks
 from node_agent.worker.local_step import Limits
+from node_agent.worker.mixture import check_apart
 from node_agent.worker.model import ResidentModel
 from node_agent.worker.private_path import Way
 from node_agent.worker.records import Records
@@ -52,6 +55,7 @@ from node_agent.worker.resources import Meter, energy_counter
 from node_agent.worker.state import Memory, Progress
 from node_agent.worker.structure import FolderSource, LlamaSource, ModelError, Source
 from node_agent.worker.task import Brief, Task
+from node_agent.worker.text_files import find_files
 from node_agent.worker.tokens import BYTES, Encoder, FolderEncoder
 from protocols.plan import Plan
 from protocols.plan_privacy import RECORD_MODES
@@ -66,6 +70,7 @@ class Options:
 
     micro_batch: int = 0  # rows per forward pass of a rank; 0 is the whole batch
     checkpointing: bool | None = None  # recompute activations; None decides by size
+    put_away_every_s: float | None = None  # of training; None: only when a job is interrupted
     private_way: Way | None = None  # how records are clipped; None takes the quickest right way
     random_bytes: Callable[[int], bytes] = field(default=os.urandom, repr=False)
     flower: FlowerHost | None = None  # for plans whose local step is a Flower ClientApp
@@ -159,12 +164,12 @@ class Trainer:
             raise ModelError("model.config", f"this worker does not train {plan.model.family}")
         folder = self._folder(job, plan)
         encoder = self._encoder(folder, plan)
-        corpus = None
+        corpora: tuple[Corpus, ...] = ()
         if job.select != "none":
             if not Limits.of(job, plan.local_step).bounded:
                 raise JobFailedError("job.limits", "neither the job nor the plan limits training")
             _check_private(job, plan)
-            corpus = self._corpus(job.data.train, encoder)
+            corpora = self._corpora_of(job, encoder)
         documents: tuple[HeldOut, ...] = ()
         if plan.evaluates_in(job.index) and job.data.valid:
             documents = held_out(job.data.valid, limit=plan.evaluation.max_documents)
@@ -172,17 +177,22 @@ class Trainer:
             job=job,
             plan=plan,
             manifest=manifest,
-            corpus=corpus,
+            corpora=corpora,
             documents=documents,
             folder=folder,
         )
 
-    def _corpus(self, paths: tuple[str, ...], encoder: Encoder) -> Corpus:
-        """The index of the training files; read again only when a file was touched."""
-        key = (paths, _marks(paths), encoder.name)
-        if key not in self._corpora:
-            self._corpora = {key: index_corpus(paths, encoder)}
-        return self._corpora[key]
+    def _corpora_of(self, job: Job, encoder: Encoder) -> tuple[Corpus, ...]:
+        """The indexes of the training files; read again only when a file was touched."""
+        paths = job.data.train
+        sets = [(path,) for path in paths] if job.data.weights else [paths]
+        if job.data.weights:
+            check_apart(paths)
+        known, self._corpora = self._corpora, {}
+        for each in sets:
+            key = (each, _marks(each), encoder.name)
+            self._corpora[key] = known[key] if key in known else index_corpus(each, encoder)
+        return tuple(self._corpora.values())
 
     def _folder(self, job: Job, plan: Plan) -> ModelFolder | None:
         """The base model's files, if the plan has one; hashed again only when one was touched.
@@ -219,19 +229,28 @@ class Trainer:
     def _run(self, brief: Brief, context: JobContext | None) -> Result:
         """Do a job and count what it uses; what an interrupted one used is kept for its end."""
         meter, name = Meter(self._ranks, self._energy), brief.job.id
-        try:
-            result = self._do(brief, context)
-        except JobInterruptedError:
+        before = read_spent(self._spool, name) if context is not None else None
+
+        def total() -> Spent:
             spent = meter.read()
+            return spent if before is None else before + spent
+
+        def note() -> None:
+            spent = total()
             if context is not None:
                 with suppress(OSError):  # a figure is no reason to fail
                     keep_spent(self._spool, name, spent)
-            raise
-        spent = meter.read()
-        before = read_spent(self._spool, name) if context is not None else None
-        return result.model_copy(update={"spent": spent if before is None else before + spent})
 
-    def _do(self, brief: Brief, context: JobContext | None) -> Result:
+        try:
+            result = self._do(brief, context, note)
+        except JobInterruptedError:
+            note()
+            raise
+        return result.model_copy(update={"spent": total()})
+
+    def _do(
+        self, brief: Brief, context: JobContext | None, note_spent: Callable[[], None]
+    ) -> Result:
         job, ranks = brief.job, self._ranks
         torch.set_num_threads(job.threads or self._threads)
         model = self._resident(brief)
@@ -249,6 +268,8 @@ class Trainer:
             random_bytes=self._options.random_bytes,
             encoder=agree(ranks, lambda: self._encoder(brief.folder, brief.plan)),
             context=context,
+            put_away_every_s=self._options.put_away_every_s,
+            put_away=note_spent,
         )
         held, self._memory = self._memory, None  # a job that fails leaves none: disk has the last
         memory = task.recall(held)
@@ -256,16 +277,16 @@ class Trainer:
         evaluation = partial.evaluation if partial is not None else task.evaluate()
         progress, my_steps, made, private = Progress(), 0, None, None
         shared: list[tuple[str, Theta]] = []
-        if brief.corpus is not None and brief.plan.mode in RECORD_MODES:
-            records = self._records(brief, brief.corpus, task.encoder)
+        if brief.corpora and brief.plan.mode in RECORD_MODES:
+            records = self._records(brief, brief.corpora[0], task.encoder)
             steps, made = task.train_private(
                 records, memory, evaluation, wanted=self._options.private_way
             )
             progress, my_steps, private = steps.progress, steps.my_steps, steps.report()
             if steps.terms.noise is None:
                 shared = steps.shared_sum()
-        elif brief.corpus is not None:
-            run, made = task.train(brief.corpus, memory, evaluation)
+        elif brief.corpora:
+            run, made = task.train(memory, evaluation)
             progress, my_steps = run.progress, run.my_steps
         delta = task.write_delta(shared)  # before the state: a broken update's is not kept
         self._memory = held if made is None else task.keep(made)
@@ -341,9 +362,19 @@ def source_of(plan: Plan, folder: ModelFolder | None) -> Source:
 
 
 def _check_private(job: Job, plan: Plan) -> None:
-    """A private step has as many steps as are charged. Raises: JobFailedError private.limits."""
+    """What a private step must be. Raises: JobFailedError: private.limits, .weights; job.carry."""
+    if job.carry and plan.privacy is not None:
+        raise JobFailedError(
+            "job.carry", "work of an earlier round is not charged in this one: nothing is done"
+        )
     if plan.mode not in RECORD_MODES or plan.privacy is None:
         return
+    if job.data.weights:
+        raise JobFailedError(
+            "private.weights",
+            "a private step takes every record with the same chance: the data sets of [data] train"
+            " have weights, which would make some records count more than is charged",
+        )
     fewer = job.max_steps is not None and job.max_steps < (plan.privacy.steps or 1)
     if fewer or job.max_tokens is not None or job.max_seconds is not None:
         raise JobFailedError(

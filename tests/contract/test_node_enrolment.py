@@ -11,6 +11,8 @@ import os
 import shutil
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -321,6 +323,20 @@ def test_doctor_names_a_broken_line(site, tmp_path):
     assert f"{tmp_path / 'text.jsonl'}:2" in finding.sentence
     assert "remove that line" in finding.mend
     assert command("doctor", "--dir", site, "--no-worker")[0] == 3
+
+
+def test_doctor_names_a_broken_row_and_weights_that_cannot_be(tmp_path):
+    path = tmp_path / "text.parquet"
+    pq.write_table(pa.table({"text": ["minga", None]}), path)
+    broken = check_data("train", (str(path),), needed=True)
+    pq.write_table(pa.table({"text": ["minga", "mutirão"]}), path)
+    twice = check_data("train", (str(path), str(tmp_path)), needed=True, weights=(1.0, 2.0))
+    whole = check_data("train", (str(path),), needed=True, weights=(1.0,))
+
+    assert (broken.level, twice.level, whole.level) == ("refused", "refused", "ok")
+    assert f'{path}: row 2 has no "text"' in broken.sentence
+    assert "two weighted data sets" in twice.sentence
+    assert "minga" not in broken.sentence
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty"])

@@ -26,6 +26,7 @@ import pytest
 
 from infra.runs.facts import RunReport
 from node_agent.agent import Agent
+from node_agent.carry import folder_of, waiting
 from node_agent.client import Backoff
 from node_agent.config import NodeFolder, load_config
 from node_agent.journal import Journal
@@ -225,6 +226,10 @@ def test_too_few_steps_are_no_update(bench):
         entry = bench.federation.entries(history, lambda e: "left (worker_failed)" in e.why)
 
     assert "2 steps in the time there was; the plan wants at least 3" in entry.why
+    late = folder_of(bench.spool, run)  # what it did is not lost: it went into the next round's job
+    bench.until(run, lambda _: any(one.holds for one in waiting(late)))
+    assert len(waiting(late)) == 1
+    assert ("carried over", "") in bench.said(run)
     bench.federation.client.stop(run, "seen enough")
 
 

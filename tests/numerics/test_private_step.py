@@ -11,7 +11,7 @@ import torch
 
 from node_agent.resident import Clock
 from node_agent.spool import last_status, read_status
-from node_agent.worker import private_step
+from node_agent.worker import private_step, state
 from node_agent.worker.private_noise import StepSeeds, noised, round_by_chance, table_for
 from policies.privacy.terms import local_noise
 from tests.statistics.evidence import fits_scale
@@ -351,6 +351,39 @@ def test_a_killed_job_starts_afresh(tmp_path, quiet):
     found = done(site, job, random_bytes=counted_bytes("other"))
 
     np.testing.assert_allclose(found, plain_dpsgd(site, counted_bytes("other")), atol=1e-6)
+
+
+def test_a_private_round_is_not_put_away_on_a_timer(tmp_path, quiet, monkeypatch):
+    """Nothing of its middle is on disk, so nothing of it is done twice from there."""
+    saved = []
+    real = state.save
+
+    def save(root, memory, *arguments, **more):
+        saved.append(memory)
+        return real(root, memory, *arguments, **more)
+
+    monkeypatch.setattr(state, "save", save)
+    site = private_site(tmp_path)
+    job = site.ask()
+    done(site, job, random_bytes=counted_bytes(), put_away_every_s=0.0)
+
+    assert [memory.partial for memory in saved] == [None]  # the state after the round
+
+
+@pytest.mark.parametrize(
+    ("job", "code"),
+    [({"carry": ("/late.f32",)}, "job.carry"), ({"weights": (1.0,)}, "private.weights")],
+)
+def test_what_is_not_charged_does_not_come_in(tmp_path, job, code):
+    """Work of an earlier round; records that count more than others."""
+    site = private_site(tmp_path)
+    weights = job.pop("weights", ())
+    asked = site.ask(data=site.data.model_copy(update={"weights": weights}), **job)
+    Worker(site, random_bytes=counted_bytes()).answer()
+
+    last = last_status(site.spool, asked.id)
+    assert (last.event, last.code) == ("failed", code)
+    assert not site.spool.result(asked.id).exists()
 
 
 def test_moments_of_noisy_gradients_are_kept_between_rounds(tmp_path, quiet):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import signal
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from node_agent.spool import last_status, read_status, read_worker
+from tests.support.base_model import LORA, ask, base_site
 from tests.support.training import Worker, make_site
-from tests.support.worker import Site, events, final, wait_for, worker
+from tests.support.worker import ROOT, Site, command, final, wait_for, worker
 
 pytestmark = pytest.mark.slow
 
@@ -88,40 +90,63 @@ def test_two_ranks_do_what_one_process_does(tmp_path):
     assert two.result(again).delta_coordinates == part.result(part_job).delta_coordinates
 
 
-def test_two_ranks_interrupted_in_the_middle_end_with_the_same_bits(tmp_path):
-    """SIGTERM to torchrun in the middle; a new torchrun takes the round up, then does it whole.
+def test_two_ranks_stopped_and_killed_in_the_middle_end_with_the_same_bits(tmp_path):
+    """SIGTERM to torchrun, then SIGKILL of one rank in a step: a new torchrun takes the round up.
 
-    At the end one process goes on: of the moments, which are spread over ranks, nothing is left
-    to it, but the position in the data is.
+    Adapters on a bfloat16 base, all of it sharded, activations recomputed, gradients accumulated
+    over micro-batches. At the end one process goes on, with the moments of both ranks.
     """
-    step = {"optimizer": "adamw", "lr": 3e-3, "max_steps": 80, "batch_size": 4}
-    broken = make_site(tmp_path / "broken", local_step=step)
-    whole = make_site(tmp_path / "whole", local_step=step, run="whole")
+    step = {"optimizer": "adamw", "lr": 3e-3, "max_steps": 12, "batch_size": 4}
+    lora = LORA | {"factors": "fedit", "base_dtype": "bfloat16"}
+    broken = base_site(tmp_path / "broken", lora=lora, local_step=step)
+    whole = base_site(tmp_path / "whole", lora=lora, local_step=step, run="whole")
     whole.spool = broken.spool
-    with worker(broken.spool, ranks=2) as process:
-        job = broken.ask()
-        wait_for(lambda: "evaluated" in events(read_status(broken.spool, job.id)), process=process)
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+    state = broken.spool.state("tiny")
+    frugal = ("--micro-batch", "1", "--checkpointing", "on")
+
+    def middle() -> int:
+        [folder] = state.glob("000000.step-*")
+        return json.loads((folder / "meta.json").read_bytes())["partial"]["progress"]["steps"]
+
+    def until(dies: str, *more: str) -> int:
+        """A worker that ends in mid-round: its exit status."""
+        with (broken.spool.root / "worker.log").open("ab") as log:
+            ended = subprocess.run(
+                command(broken.spool, *frugal, *more, ranks=2, module="tests.support.dying_worker"),
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MINGA_TEST_DIES": dies},
+                timeout=400,
+                check=False,
+            )
+        return ended.returncode
+
+    job = ask(broken)
+    until("0:5:TERM")
     assert last_status(broken.spool, job.id).event == "interrupted"
-    meta = json.loads((broken.spool.state("tiny") / "000000.partial/meta.json").read_bytes())
-    assert meta["partial"]["progress"]["steps"] < 80
-    with worker(broken.spool, ranks=2) as process:
+    assert middle() == 6
+    # A checkpoint before every step; the rank dies in the fourth from there, which is lost.
+    assert until("1:3:KILL", "--checkpoint-every-s", "1e-9") != 0
+    assert middle() == 9
+    last = last_status(broken.spool, job.id)
+    assert last.event != "failed", last  # it is nobody's fault that could be mended
+    with worker(broken.spool, *frugal, ranks=2) as process:
         finished(broken, job, process)
-        undisturbed = whole.ask()
+        undisturbed = ask(whole)
         finished(whole, undisturbed, process)
 
     assert broken.delta(job).tobytes() == whole.delta(undisturbed).tobytes()
+    assert np.abs(broken.delta(job)).max() > 1e-3
     assert broken.result(job).loss_nats == whole.result(undisturbed).loss_nats
-    assert broken.result(job).rank_steps == (80, 80)
+    assert broken.result(job).steps == 12
+    assert not list(state.glob("*.step-*"))  # the middle went when the round was over
 
-    after = broken.ask(1, max_steps=3)
-    Worker(broken).answer()
-    remarks = [e.message for e in read_status(broken.spool, after.id) if e.message]
-    assert any("number of ranks" in remark for remark in remarks)
-    metas = [
-        json.loads((broken.spool.state("tiny") / f"00000{number}/meta.json").read_bytes())
-        for number in range(2)
-    ]
+    after = ask(broken, 1, max_steps=3)
+    one = Worker(broken)
+    one.answer()
+    assert not any(e.message for e in read_status(broken.spool, after.id) if e.event == "progress")
+    metas = [json.loads((state / f"00000{number}/meta.json").read_bytes()) for number in range(2)]
     assert (metas[0]["world"], metas[1]["world"]) == (2, 1)
     assert (metas[1]["epoch"], metas[1]["index"]) > (metas[0]["epoch"], metas[0]["index"])
+    assert (metas[0]["updates"], metas[1]["updates"]) == (12, 15)  # its moments were taken over

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pickle
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +16,9 @@ import torch
 
 from node_agent.resident import Clock, JobFailedError
 from node_agent.spool import last_status, read_status, request_cancel
+from node_agent.worker import state
 from node_agent.worker.data import epoch_order, index_corpus
+from node_agent.worker.optimizer import InnerOptimizer
 from tests.support.training import (
     StopAfter,
     Worker,
@@ -27,6 +31,7 @@ from tests.support.training import (
 from tests.support.worker import TINY, Site, events, write_text
 
 torch.set_num_threads(1)
+PART = "__0_0.distcp"  # of a state: what rank 0 holds
 
 
 def sequences(site: Site, *, seed: int, count: int) -> list[list[int]]:
@@ -371,19 +376,148 @@ def test_an_interrupted_round_ends_with_the_same_bits(tmp_path, at):
     assert sorted(p.name for p in broken.spool.state("tiny").iterdir()) == ["000000", "000001"]
 
 
+def test_late_work_is_added_to_the_update(tmp_path):
+    """In float32, coordinate by coordinate; of a selection as of all tensors."""
+    rng = np.random.default_rng(5)
+    for select in ("all", ("lm_head.weight", "model.layers.1.mlp.up_proj.weight")):
+        site = make_site(tmp_path / str(len(select)), local_step=ADAM)
+        alone = site.ask(select=select)
+        Worker(site).answer()
+        own = site.delta(alone)
+        late = [rng.normal(size=own.size).astype("<f4") for _ in range(2)]
+        for number, one in enumerate(late):
+            one.tofile(site.root / f"late-{number}.f32")
+        shutil.rmtree(site.spool.state("tiny"))
+        paths = tuple(str(site.root / f"late-{number}.f32") for number in range(2))
+        job = site.ask(select=select, carry=paths)
+        Worker(site).answer()
+
+        assert site.delta(job).tobytes() == ((own + late[0]) + late[1]).tobytes()
+        assert site.result(job).delta_norm == pytest.approx(np.linalg.norm(site.delta(job)))
+
+
+@pytest.mark.parametrize("what", ["short", "gone"])
+def test_late_work_that_does_not_fit_is_refused(tmp_path, what):
+    site = make_site(tmp_path, local_step=ADAM)
+    if what == "short":
+        np.zeros(3, dtype="<f4").tofile(site.root / "late.f32")
+    job = site.ask(carry=(str(site.root / "late.f32"),))
+    Worker(site).answer()
+
+    last = last_status(site.spool, job.id)
+    assert (last.event, last.code) == ("failed", "job.carry" if what == "short" else "storage")
+    assert not site.spool.result(job.id).exists()
+
+
 def test_the_middle_of_a_round_is_taken_up_and_not_begun_again(tmp_path):
     site = make_site(tmp_path, local_step=ADAM | {"max_steps": 9})
     site.ask()
     Worker(site).answer(stop=StopAfter(site, 8))
-    assert [p.name for p in site.spool.state("tiny").iterdir()] == ["000000.partial"]
+    [middle] = site.spool.state("tiny").iterdir()
 
-    meta = json.loads((site.spool.state("tiny") / "000000.partial" / "meta.json").read_bytes())
-    done = meta["partial"]["progress"]["steps"]
+    done = json.loads((middle / "meta.json").read_bytes())["partial"]["progress"]["steps"]
     assert 0 < done < 9
+    assert middle.name == f"000000.step-{done:09d}"
     ticks = iter(range(10**6))
     Worker(site, clock=Clock(monotonic=lambda: float(next(ticks)))).answer()
     steps = [e.step for e in read_status(site.spool, "tiny.0") if e.event == "progress"]
     assert steps[0] > done  # a clock that ticks a second per look makes it speak at every step
+
+
+class Killed(BaseException):
+    """What no handler catches: the process is gone."""
+
+
+def killed_after(steps: int, monkeypatch) -> None:
+    """The optimizer dies in the middle of a step."""
+    real, left = InnerOptimizer.apply, [steps]
+
+    def apply(self):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        real(self)
+
+    monkeypatch.setattr(InnerOptimizer, "apply", apply)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd, proximal"])
+@pytest.mark.parametrize("at", [1, 4, 8])
+def test_a_killed_worker_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch, at, optimizer):
+    """A checkpoint before every step; killed in a step, it loses that step and ends alike."""
+    step = ADAM if optimizer == "adamw" else OPTIMIZERS["sgd, momentum, decay, clip"]
+    step = step | {"max_steps": 9, "proximal_mu": 0.0 if optimizer == "adamw" else 0.5}
+    whole, broken = (make_site(tmp_path / name, local_step=step) for name in ("whole", "broken"))
+    for site in (whole, broken):
+        job = site.ask()
+    Worker(whole).answer()
+    with monkeypatch.context() as patch:
+        killed_after(at, patch)
+        with pytest.raises(Killed):
+            Worker(broken, put_away_every_s=0.0).answer()
+    assert [path.name for path in broken.spool.state("tiny").iterdir()] == [
+        f"000000.step-{at:09d}"  # older ones are gone
+    ]
+    with monkeypatch.context() as patch:
+        killed_after(9 - at, patch)  # one step more would be one too many
+        Worker(broken).answer()
+
+    assert broken.delta(job).tobytes() == whole.delta(job).tobytes()
+    clockless = {"seconds": 0.0, "spent": None, "rank_steps": (9,)}
+    one, other = whole.result(job), broken.result(job)
+    assert other.model_copy(update=clockless) == one.model_copy(update=clockless)
+    assert [path.name for path in broken.spool.state("tiny").iterdir()] == ["000000"]
+
+
+@pytest.mark.parametrize("moment", ["before its name", "after its name"])
+def test_killed_while_a_checkpoint_is_written(tmp_path, monkeypatch, moment):
+    """Whatever instant it is, one whole checkpoint is there: the older one or the newer one."""
+    step = ADAM | {"max_steps": 9}
+    whole, broken = (make_site(tmp_path / name, local_step=step) for name in ("whole", "broken"))
+    for site in (whole, broken):
+        job = site.ask()
+    Worker(whole).answer()
+    real, left = state.publish, [3]
+
+    def publish(temporary, final):
+        left[0] -= 1
+        if left[0] == 0 and moment == "before its name":
+            raise Killed
+        real(temporary, final)
+        if left[0] == 0:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "publish", publish)
+        with pytest.raises(Killed):
+            Worker(broken, put_away_every_s=0.0).answer()
+    names = sorted(path.name for path in broken.spool.state("tiny").iterdir())
+    if moment == "before its name":
+        assert names == [".000000.step-000000002.tmp", "000000.step-000000001"]
+    else:
+        assert names == ["000000.step-000000001", "000000.step-000000002"]
+    Worker(broken).answer()
+
+    assert broken.delta(job).tobytes() == whole.delta(job).tobytes()
+    assert [path.name for path in broken.spool.state("tiny").iterdir()] == ["000000"]
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_stop_training(tmp_path, monkeypatch):
+    site, whole = (make_site(tmp_path / name, local_step=ADAM) for name in ("site", "whole"))
+    for each in (site, whole):
+        job = each.ask()
+    Worker(whole).answer()
+
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("node_agent.worker.checkpoint.save", full)
+        Worker(site, put_away_every_s=0.0).answer()
+    said = [event.message or "" for event in read_status(site.spool, job.id)]
+
+    assert any("could not be put away" in words and "No space" in words for words in said)
+    assert last_status(site.spool, job.id).code == "storage"  # the state after the round, though
 
 
 def test_a_middle_that_cannot_be_put_away_is_begun_again(tmp_path, monkeypatch):
@@ -394,7 +528,7 @@ def test_a_middle_that_cannot_be_put_away_is_begun_again(tmp_path, monkeypatch):
     Worker(whole).answer()
     with monkeypatch.context() as full:
 
-        def refuse(*_):
+        def refuse(*_args, **_more):
             raise JobFailedError("storage", "no room")
 
         full.setattr("node_agent.worker.state.save", refuse)
@@ -411,7 +545,7 @@ def test_the_middle_of_other_work_is_not_taken_up(tmp_path):
     site, fresh = (make_site(tmp_path / name, local_step=ADAM) for name in ("site", "fresh"))
     site.ask()
     Worker(site).answer(stop=StopAfter(site, 6))
-    assert (site.spool.state("tiny") / "000000.partial").exists()
+    assert list(site.spool.state("tiny").glob("000000.step-*"))
     for each in (site, fresh):
         job = each.ask(seed=99)
         Worker(each).answer()
@@ -442,24 +576,37 @@ def test_two_rounds_are_remembered_and_no_more(tmp_path):
     assert sorted(p.name for p in site.spool.state("tiny").iterdir()) == ["000005", "000009"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage meta", "no rank file"])
+class Command:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage meta", "no rank file", "description"])
 def test_a_spoilt_state_is_told_and_training_goes_on(tmp_path, damage):
     site = make_site(tmp_path, local_step=ADAM)
     site.ask(0)
     Worker(site).answer()
     folder = site.spool.state("tiny") / "000000"
     if damage == "truncated":
-        (folder / "rank-0.pt").write_bytes((folder / "rank-0.pt").read_bytes()[:100])
+        (folder / PART).write_bytes((folder / PART).read_bytes()[:100])
     elif damage == "garbage meta":
         (folder / "meta.json").write_bytes(b"{")
+    elif damage == "description":  # a pickle that would run a command
+        (folder / ".metadata").write_bytes(pickle.dumps(Command(tmp_path / "ran")))
     else:
-        (folder / "rank-0.pt").unlink()
+        (folder / PART).unlink()
     job = site.ask(1)
     Worker(site).answer()
 
     assert site.result(job).steps == 5
     remarks = [e.message for e in read_status(site.spool, job.id) if e.message]
     assert any("cannot be read" in remark for remark in remarks)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_new_text_begins_with_the_next_epoch(tmp_path):

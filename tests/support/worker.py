@@ -147,7 +147,7 @@ class Site:
 
 
 def wait_for(
-    what: Callable[[], Any], *, process: subprocess.Popen[bytes] | None = None, limit_s: float = 90
+    what: Callable[[], Any], *, process: subprocess.Popen[bytes] | None = None, limit_s: float = 300
 ) -> Any:
     """Poll until ``what`` is true; a generous limit, so that only a hang trips it."""
     until = time.monotonic() + limit_s

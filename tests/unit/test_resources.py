@@ -89,10 +89,10 @@ def test_what_an_interrupted_job_used_is_not_forgotten(tmp_path):
 def test_interruptions_add_up_and_a_spoilt_note_is_no_note(tmp_path):
     spool = make_site(tmp_path).spool
     keep_spent(spool, "r1.0", TWO)
-    keep_spent(spool, "r1.0", TWO)
+    keep_spent(spool, "r1.0", read_spent(spool, "r1.0") + TWO)
     assert read_spent(spool, "r1.0").gpu_seconds == 14_400
     assert read_spent(spool, "r1.0").energy_joules == 7.2e6
-    keep_spent(spool, "r1.0", Spent(gpu_seconds=1.0))  # a part without a measurement spoils the sum
+    keep_spent(spool, "r1.0", TWO + Spent(gpu_seconds=1.0))  # one part without it spoils the sum
     assert read_spent(spool, "r1.0").energy_joules is None
     spool.spent("r1.0").write_text("garbage")
     assert read_spent(spool, "r1.0") is None

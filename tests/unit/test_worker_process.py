@@ -57,7 +57,7 @@ def test_a_worker_killed_politely_or_not_loses_nothing(tmp_path):
     assert last_status(spool, job.id).event == "interrupted"
     assert read_worker(spool) is None
     assert alive_age(spool) is None
-    assert (spool.state("tiny") / "000000.partial").exists()
+    assert list(spool.state("tiny").glob("000000.step-*"))
 
     with worker(spool) as process:
         wait_for(lambda: seen("started") == 2, process=process)
