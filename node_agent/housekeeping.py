@@ -7,10 +7,11 @@ from typing import Final
 from node_agent.carry import carries, close
 from node_agent.launchers.jobs import Launcher
 from node_agent.site import Site
-from node_agent.spool import job_id
-from protocols.errors import WorkerError
+from node_agent.spool import Result, Spool, job_id, read_job, read_result
+from protocols.errors import FederationError
 from protocols.identifiers import Digest, RoundId
 from protocols.plan import Plan
+from protocols.tensors.manifest import Manifest
 
 KEEP_MODELS: Final = 2  # the one a round starts from, and the one before it
 _JOBS: Final = 8  # earlier rounds whose jobs are looked for: older ones were removed before
@@ -22,15 +23,13 @@ def _carry(site: Site, launcher: Launcher, plan: Plan, over: RoundId) -> None:
     if found is None:
         return
     name, spool = job_id(over), launcher.spool
-    try:
-        result = launcher.result(name)
-    except WorkerError:
-        result = None
+    sent = over in site.journal.upload_files(over.run).values()
+    result = None if sent else _sound(site, spool, over)
     kept = close(
         spool,
         over.run,
         over.number,
-        sent=over in site.journal.upload_files(over.run).values(),
+        sent=sent,
         result=result,
         delta=spool.delta(name),
         selection=plan.selection_in(found.index),
@@ -39,6 +38,18 @@ def _carry(site: Site, launcher: Launcher, plan: Plan, over: RoundId) -> None:
     if kept and result is not None:
         detail = {"steps": result.steps, "tokens": result.tokens, "norm": result.delta_norm}
         site.journal.note("carried over", detail, round_=over)
+
+
+def _sound(site: Site, spool: Spool, over: RoundId) -> Result | None:
+    """A round's result, if all of it is what it says: every byte of the update is read."""
+    name = job_id(over)
+    if not spool.result(name).exists():
+        return None
+    try:
+        manifest = Manifest.from_bytes(site.models.manifest_path(over.run).read_bytes())
+        return read_result(spool, read_job(spool.job(name)), manifest)
+    except (FederationError, OSError):
+        return None
 
 
 def tidy(site: Site, round_: RoundId, *, current: bool) -> None:

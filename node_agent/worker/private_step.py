@@ -36,7 +36,6 @@ from numpy.typing import NDArray
 from node_agent.resident import Clock, JobContext, JobFailedError
 from node_agent.spool import PrivateReport
 from node_agent.worker.agreement import Gate, agree
-from node_agent.worker.data import DataError
 from node_agent.worker.distributed import Ranks
 from node_agent.worker.model import ResidentModel
 from node_agent.worker.optimizer import InnerOptimizer
@@ -45,6 +44,7 @@ from node_agent.worker.poisson import poisson_sample
 from node_agent.worker.private_noise import StepSeeds, noised
 from node_agent.worker.records import Record, Records
 from node_agent.worker.state import Progress
+from node_agent.worker.text_files import DataError
 from policies.privacy.terms import LocalNoise, local_noise
 from protocols.noise.streams import SEED_BYTES
 from protocols.plan import Plan

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from node_agent.spool import last_status, read_status, read_worker
+from node_agent.worker import checkpoint
 from tests.support.base_model import LORA, ask, base_site
-from tests.support.training import Worker, make_site
+from tests.support.training import ALONE, Worker, make_site
 from tests.support.worker import ROOT, Site, command, final, wait_for, worker
 
 pytestmark = pytest.mark.slow
@@ -29,6 +31,14 @@ def alone(root: Path, numbers: int, **plan) -> Site:
         site.ask(number)
     one.answer()
     return site
+
+
+def moments(site: Site, number: int) -> dict[str, np.ndarray]:
+    """What was put away after a round, whole, whoever wrote it."""
+    folder = site.spool.state("tiny") / f"{number:06d}"
+    boxes = {key: torch.zeros(shape) for key, shape in checkpoint.keys(folder).items()}
+    checkpoint.read(folder, boxes, ALONE)
+    return {key: box.numpy() for key, box in boxes.items()}
 
 
 def finished(site: Site, job, process) -> None:
@@ -52,6 +62,7 @@ def test_two_ranks_do_what_one_process_does(tmp_path):
         jobs = [two.ask(number) for number in range(2)]
         for job in jobs:
             finished(two, job, process)
+        kept = moments(two, 1)
         timed = two.ask(2, max_seconds=1.0, max_steps=None)
         finished(two, timed, process)
 
@@ -85,6 +96,11 @@ def test_two_ranks_do_what_one_process_does(tmp_path):
         assert split.rank_steps == (4, 4)
         assert split.loss_nats == pytest.approx(whole.loss_nats, rel=1e-6)
         assert split.evaluation[0].nll_nats == pytest.approx(whole.evaluation[0].nll_nats, rel=1e-6)
+    alike = moments(one, 1)
+    assert kept.keys() == alike.keys()
+    assert len(kept) == len(one.manifest.tensors)
+    for key, tensor in alike.items():  # 259 rows are 130 and 129; here they are whole again
+        np.testing.assert_allclose(kept[key], tensor, atol=1e-6, rtol=0, err_msg=key)
     steps = two.result(timed).rank_steps
     assert steps[0] == steps[1] >= 1  # rank 0's clock decided for both
     assert two.result(again).delta_coordinates == part.result(part_job).delta_coordinates

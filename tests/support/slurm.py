@@ -181,7 +181,7 @@ def cluster(folder: Path, *, nodes: int = 1) -> Iterator[Cluster]:
     commands = (["munged", "--foreground", "--force", *munge], ["slurmctld", "-D", "-c"])
     try:
         for command in (*commands, *(["slurmd", "-D", "-N", node] for node in _names(nodes))):
-            with (folder / f"{'-'.join(command[::3])}.out").open("wb") as out:
+            with (folder / f"{len(made.daemons)}-{command[0]}.out").open("wb") as out:
                 made.daemons.append(
                     subprocess.Popen(command, env=environment, stdout=out, stderr=out)
                 )
