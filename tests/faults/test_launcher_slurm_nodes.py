@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-def test_two_nodes_train_as_one_process_does(tmp_path):
+def test_two_nodes_train_as_one_process_does(tmp_path, tmp_path_factory):
     """The ranks meet over the name of the allocation's first node, as on a real cluster."""
     manifest, _ = write_model(tmp_path / "model", config=TINY, seed=7)
     theta = np.fromfile(tmp_path / "model" / "theta.f32", dtype="<f4")
@@ -33,7 +33,7 @@ def test_two_nodes_train_as_one_process_does(tmp_path):
     )
     alone = one.ask()
     Worker(one).answer()
-    with cluster(tmp_path / "slurm", nodes=2) as slurm:
+    with cluster(tmp_path_factory.mktemp("two"), nodes=2) as slurm:
         arguments = ("node_agent.worker", "--spool", str(two.spool.root), "--device", "cpu")
         bench = Bench(
             tmp_path,

@@ -133,7 +133,7 @@ CredType=cred/munge
 SlurmUser=root
 SlurmctldPort={controller}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/slurmd-%n
+SlurmdSpoolDir={folder}/d-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -162,7 +162,8 @@ def _ports(nodes: int) -> tuple[int, list[int]]:
 @contextmanager
 def cluster(folder: Path, *, nodes: int = 1) -> Iterator[Cluster]:
     """Start a cluster; stop it."""
-    for name in ("state", *(f"slurmd-{node}" for node in _names(nodes))):
+    # The names of sockets in there may have 108 bytes.
+    for name in ("state", *(f"d-{node}" for node in _names(nodes))):
         (folder / name).mkdir(parents=True)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(64))
