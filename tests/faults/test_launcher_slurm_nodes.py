@@ -17,6 +17,7 @@ from tests.support.worker import TINY, Site, make_plan
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.slurm,
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]
 

@@ -17,7 +17,7 @@ from tests.support.base_model import LORA, ask, base_site
 from tests.support.training import ALONE, Worker, make_site
 from tests.support.worker import ROOT, Site, command, final, wait_for, worker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # three torchruns on a busy machine
 
 SGD = {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9, "grad_clip": 0.5, "proximal_mu": 0.3}
 SELECTED = ("lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight")
