@@ -70,6 +70,7 @@ def test_adapters_are_trained_by_a_federation_and_loaded_by_peft(tmp_path, capsy
                 "trainable": [spec.name for spec in manifest.tensors],
                 "local_step": {"lr": 2e-2, "sequence_length": 32, "max_steps": 12},
                 "evaluation": {"languages": ["es"]},
+                "vector": {"scale": {"first_bound": 0.5}},
                 "deadlines": dict.fromkeys(("join", "train", "upload"), 600),
             },
         )
@@ -102,7 +103,7 @@ def test_adapters_are_trained_by_a_federation_and_loaded_by_peft(tmp_path, capsy
         moved = thetas[number + 1] - thetas[number]
         assert np.abs(moved[factor[moves]]).max() > 1e-3, number
         assert not moved[factor[rests]].any(), number
-    assert nll[-1] < 0.98 * nll[0], nll  # of the first model and of the last one
+    assert nll[-1] < 0.99 * nll[0], nll  # of the first model and of the last one
 
     (tmp_path / "plan.json").write_text(json.dumps(plan.model_dump(mode="json", by_alias=True)))
     options = {
