@@ -70,7 +70,6 @@ def test_adapters_are_trained_by_a_federation_and_loaded_by_peft(tmp_path, capsy
                 "trainable": [spec.name for spec in manifest.tensors],
                 "local_step": {"lr": 2e-2, "sequence_length": 32, "max_steps": 12},
                 "evaluation": {"languages": ["es"]},
-                "vector": {"scale": {"first_bound": 0.5}},
                 "deadlines": dict.fromkeys(("join", "train", "upload"), 600),
             },
         )
