@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import sys
 import time
@@ -164,4 +165,5 @@ async def main(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    os.nice(5)  # elsewhere it would not share the processors with those it attacks
     asyncio.run(main(json.loads(Path(sys.argv[1]).read_text())))
