@@ -1,7 +1,7 @@
 """A member attacks with all it has while the others train: they finish, with the same result.
 
-Real processes, mutual TLS, a round log with witnesses, and the default limits. The attacker has a
-certificate of the federation. What the coordinator needs of memory, and how long the rounds take,
+Real processes, mutual TLS, a round log with witnesses; the limits are the default ones, but for a
+rate that also a slow machine reaches. The attacker has a certificate of the federation. What the coordinator needs of memory, and how long the rounds take,
 is measured beside a run without the attacker; the digests of both runs are the same.
 """
 
@@ -33,6 +33,8 @@ MALLORY = "mallory"
 ROUNDS = 2
 COORDINATES = 600_000
 MB = 1e6
+LIMITS = "\n[limits]\ncalls_per_s = 10.0\ncalls_burst = 1500.0\n"
+JOINS = 4000  # at least so many: beyond the limits wherever 17 of them take less than a second
 # What the attacker may cost beyond the peak of the quiet run. Its calls under way are 64 of one
 # identity, their messages 6 MiB; its connections some hundred, their windows small.
 ALLOWED_MB = 400.0
@@ -90,7 +92,7 @@ def federation(tmp_path_factory) -> Iterator[tuple[Running, str]]:
         (port,) = free_ports(1)
         config = folder / "coordinator/config.toml"
         text = config.read_text().replace("[log]", f'[log]\nhttp = "127.0.0.1:{port}"')
-        config.write_text(text)
+        config.write_text(text + LIMITS)
         parts.start_coordinator()
         with parts.client() as client:
             parts.wait_until_serving(client)
@@ -114,6 +116,7 @@ def attacking(running: Running, http: str) -> Iterator[dict[str, Any]]:
         "enrolment": config.enrolment_address,
         "http": http,
         "keys": str(running.federation.node_folder(MALLORY) / "keys"),
+        "least": JOINS,
         **files,
     }
     (folder / "job.json").write_text(json.dumps(job))

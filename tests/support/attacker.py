@@ -62,9 +62,9 @@ class Attacker:
     async def until_stopped(self, name: str, work: Callable[[], Awaitable[str]]) -> None:
         """Again and again; what came of it is counted."""
         counts = self.counts.setdefault(name, Counter())
-        while not self.stop.exists():
+        while not self.enough(name):
             for _ in range(20):
-                if name != "joins" and self.stop.exists():
+                if self.enough(name):
                     return
                 try:
                     counts[await work()] += 1
@@ -73,6 +73,11 @@ class Attacker:
                 except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
                     counts[type(error).__name__] += 1
             await asyncio.sleep(0)
+
+    def enough(self, name: str) -> bool:
+        """Whether to end; not before there were ``least`` joins, however slow the machine is."""
+        least = self.job["least"] if name == "joins" else 0
+        return self.stop.exists() and self.counts[name].total() >= least
 
     # -- what it does ------------------------------------------------------------------------
 
