@@ -1,8 +1,9 @@
 """A member attacks with all it has while the others train: they finish, with the same result.
 
 Real processes, mutual TLS, a round log with witnesses; the limits are the default ones, but for a
-rate that also a slow machine reaches. The attacker has a certificate of the federation. What the coordinator needs of memory, and how long the rounds take,
-is measured beside a run without the attacker; the digests of both runs are the same.
+rate that also a slow machine reaches. The attacker has a certificate of the federation. What the
+coordinator needs of memory, and how long the rounds take, is measured beside a run without the
+attacker; the digests of both runs are the same.
 """
 
 from __future__ import annotations
