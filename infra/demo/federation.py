@@ -68,7 +68,13 @@ class Federation:
         return (self.folder / COORDINATOR / "config.toml").exists()
 
     def initialise(
-        self, *, name: str, port: int = 0, governed: bool = False, log: bool = True
+        self,
+        *,
+        name: str,
+        port: int = 0,
+        governed: bool = False,
+        log: bool = True,
+        ledger: str = "",
     ) -> None:
         """Make keys, certificates, configuration and an empty ledger.
 
@@ -76,6 +82,7 @@ class Federation:
             name: of the federation.
             governed: nothing runs before admins have signed a root.
             log: whether the federation keeps a round log.
+            ledger: URL of its database; SQLite in its folder if not given.
             port: for nodes, the next one for invitations; 0 takes two that are free.
         """
         main, enrolment = free_ports(2) if port == 0 else (port, port + 1)
@@ -83,6 +90,7 @@ class Federation:
             "coordinator", "init", "--dir", str(self.folder), "--federation", name,
             "--address", f"{_HOST}:{main}", "--enrolment", f"{_HOST}:{enrolment}",
             "--governed" if governed else "--ungoverned", "--log" if log else "--no-log",
+            *(("--ledger", ledger) if ledger else ()),
         )  # fmt: skip
         self.household.run("coordinator init", command, log=self.folder / "init.log")
         (self.folder / "init.log").replace(self.log(COORDINATOR))

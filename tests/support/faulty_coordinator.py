@@ -1,7 +1,8 @@
 """The real coordinator with a clock that a test may set, as a process of its own.
 
-    python -m tests.support.faulty_coordinator --dir D --clock FILE
+    python -m tests.support.faulty_coordinator --dir D --clock FILE [--faults FOLDER]
 
+If ``FOLDER`` holds ``points.json`` it kills itself at those commit points (tests/matrix/arming.py).
 ``FILE`` holds seconds that are added to the machine's time, read at each look at the clock; a
 missing or empty file adds nothing. So a test lets a deadline pass when everything that must come
 before it has come, instead of hoping that it comes in time.
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from coordinator.app import serve
 from coordinator.config import load_config
+from tests.matrix.lives import live
 
 
 class ShiftedClock:
@@ -49,11 +51,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--clock", type=Path, required=True)
+    parser.add_argument("--faults", type=Path, default=None)
+    parser.add_argument("--config", default="coordinator", help="folder with config.toml")
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("coordinator").setLevel(logging.INFO)
-    config = load_config(options.dir / "coordinator" / "config.toml")
-    asyncio.run(serve(config, ShiftedClock(options.clock)))
+    config = load_config(options.dir / options.config / "config.toml")
+
+
+    def work() -> None:
+        asyncio.run(serve(config, ShiftedClock(options.clock)))
+
+    if options.faults is not None and (options.faults / "points.json").exists():
+        live(work, options.faults, config.ledger_url)
+    else:
+        work()
 
 
 if __name__ == "__main__":

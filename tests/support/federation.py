@@ -50,6 +50,7 @@ class ClockedFederation(Federation):
         command = self.household.python(
             "tests.support.faulty_coordinator",
             *("--dir", str(self.folder), "--clock", str(self.folder / CLOCK)),
+            *("--faults", str(self.folder / "faults" / COORDINATOR)),
         )
         return self.household.start(
             COORDINATOR, command, log=self.log(COORDINATOR), environment={"PYTHONPATH": str(ROOT)}
@@ -249,6 +250,7 @@ def running(
     federation: str = "test",
     log: bool = True,
     clock: bool = False,
+    ledger: str = "",
 ) -> Iterator[Running]:
     """A coordinator that serves and nodes that have joined; everything is stopped at the end.
 
@@ -260,6 +262,7 @@ def running(
         log: whether it keeps a round log. Every node that has joined is a witness: with two of
             them, one whose agent does not run stops all rounds.
         clock: whether the coordinator's clock may be set, with ``Running.jump``.
+        ledger: URL of an empty database; SQLite if not given.
     """
     sites = (
         tuple(f"node-{number + 1}" for number in range(nodes))
@@ -271,7 +274,7 @@ def running(
     with Household(folder) as household:
         kind = ClockedFederation if clock else Federation
         parts = kind(folder=folder, household=household)
-        parts.initialise(name=federation, log=log)
+        parts.initialise(name=federation, log=log, ledger=ledger)
         parts.start_coordinator()
         with parts.client() as client:
             parts.wait_until_serving(client)

@@ -1,0 +1,128 @@
+"""What a case of the matrix is, and the federation it happens in."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from infra.runs.facts import RunReport
+from protocols.errors import NotFoundError, NotReadyError
+from protocols.identifiers import RunId
+from tests.support.federation import Running, results, running
+from tests.support.postgres import PostgresServer
+
+Database = Literal["sqlite", "postgresql"]
+Mode = Literal["open", "aggregate-only"]
+NODES: Final = 3
+COORDINATES: Final = 50_000
+LONG_S: Final = 7_200  # no deadline passes by itself, not even when a clock jumps by an hour
+DEADLINES: Final = dict.fromkeys(("join", "train", "deal", "upload", "commit", "reveal"), LONG_S)
+PATIENCE_S: Final = 240.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One fault and what came of it."""
+
+    fault: str
+    victim: str
+    phase: str  # of the round when it struck
+    mode: str
+    database: str
+    outcome: str  # "same" when every digest is that of the undisturbed run, else what was found
+    went_on_s: float | None  # from the restart, or the end of the trouble; None: struck again first
+    point: str = ""  # of a kill
+
+
+@dataclass(slots=True, kw_only=True)
+class Bench:
+    """A federation in which a case happens, and its undisturbed results."""
+
+    running: Running
+    mode: Mode
+    database: Database
+    url: str
+    server: PostgresServer | None
+    rounds: int
+    last: RunId = RunId("")  # that was submitted, perhaps in vain
+    _wanted: list[Any] = field(default_factory=list)
+    _runs: int = 0
+
+    def submit(self, name: str) -> RunId:
+        """Submit a run like every other of this bench."""
+        self._runs += 1
+        self.last = RunId(f"{name}-{self._runs}")
+        return self.running.submit(
+            self.last,
+            rounds=self.rounds,
+            coordinates=COORDINATES,
+            mode=self.mode,
+            deadlines=DEADLINES,
+        )
+
+    def undisturbed(self) -> list[Any]:
+        """What every run must give."""
+        if not self._wanted:
+            run = self.submit("undisturbed")
+            self._wanted = results(self.running.confirmed(run, timeout_s=PATIENCE_S))
+            counted = [(nodes, weight) for _, _, nodes, weight in self._wanted]
+            assert counted == [(NODES, NODES * 65_536)] * self.rounds, counted
+        return self._wanted
+
+    def outcome(self, report: RunReport) -> str:
+        """Whether a run came to the very results of the undisturbed one."""
+        if report.status != "done":
+            return f"the run is {report.status}"
+        found = results(report)
+        if len(report.rounds) != self.rounds:
+            return f"{len(report.rounds)} rounds instead of {self.rounds}"
+        return "same" if found == self.undisturbed() else f"other digests: {found}"
+
+    def show(self, run: RunId) -> RunReport | None:
+        """The run now; None: nobody answers, or it is not known."""
+        try:
+            return self.running.client.show(run)
+        except (NotReadyError, NotFoundError):
+            return None
+
+    def wait(self, what: Callable[[], bool], *, words: str, timeout_s: float = PATIENCE_S) -> None:
+        """Wait for a condition."""
+        give_up = time.monotonic() + timeout_s
+        while not what():
+            if time.monotonic() > give_up:
+                raise AssertionError(f"in vain: {words}\n{self.running.logs()}")
+            time.sleep(0.02)
+
+
+@contextmanager
+def bench(
+    folder: Path,
+    *,
+    mode: Mode,
+    database: Database,
+    server: PostgresServer | None,
+    rounds: int = 2,
+    nodes: int = NODES,
+) -> Iterator[Bench]:
+    """A federation on a database of its own."""
+    url = server.new_database() if server is not None else ""
+    with running(folder, nodes=nodes, clock=True, ledger=url) as made:
+        where = url or f"sqlite:///{made.folder}/coordinator/ledger.sqlite"
+        yield Bench(
+            running=made, mode=mode, database=database, url=where, server=server, rounds=rounds
+        )
+
+
+def write_points(faults: Path, points: list[str]) -> None:
+    """Say at which points the next processes shall die."""
+    faults.mkdir(parents=True, exist_ok=True)
+    (faults / "marks").unlink(missing_ok=True)
+    (faults / "points.json").write_text(json.dumps(sorted(points)))
+
+
+__all__ = ["Bench", "Row", "bench", "write_points"]
