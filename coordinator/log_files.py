@@ -76,9 +76,18 @@ class LogFiles:
         Raises:
             CorruptStateError: the file is no checkpoint.
         """
+        found = self.published_note()
+        return None if found is None else found[1]
+
+    def published_note(self) -> tuple[Note, Checkpoint] | None:
+        """The same with its signatures and cosignatures.
+
+        Raises:
+            CorruptStateError: the file is no checkpoint.
+        """
         try:
-            data = (self.root / "checkpoint").read_bytes()
-            return Checkpoint.parse(Note.parse(data).text)
+            note = Note.parse((self.root / "checkpoint").read_bytes())
+            return note, Checkpoint.parse(note.text)
         except FileNotFoundError:
             return None
         except MalformedMessageError as error:
@@ -98,7 +107,13 @@ class LogFiles:
             self._write(tile.path, data)
 
     def publish(self, note: bytes, size: int) -> None:
-        """Make a checkpoint public; its tiles are there."""
+        """Make a checkpoint public; its tiles are there.
+
+        A larger one stays: another process took over while this one stood still.
+        """
+        found = self.published()
+        if found is not None and found.size > size:
+            return
         self._write(f"checkpoints/{size}", note)
         self._write("checkpoint", note)
 

@@ -109,7 +109,14 @@ class LogHub:
         if not leads:
             self.signed = self.witnessed = None
             self._open.clear()
+            self.heads.clear()  # who leads again asks again
         self._tell()
+
+    def show(self, note: Note, checkpoint: Checkpoint) -> None:
+        """Another process writes the log: this is the newest head that it published."""
+        if not self.leads:
+            self.witnessed = Head(checkpoint=checkpoint, note=note, policies=())
+            self._tell()
 
     # -- heads ---------------------------------------------------------------------------------
 
@@ -221,6 +228,12 @@ class LogHub:
             raise NotReadyError(f"leaf {index} is not under a witnessed checkpoint yet")
         hashes = make_inclusion(self.tree.hashes, index, head.size)
         return ProofFile(index=index, hashes=hashes, checkpoint=head.to_bytes()).to_bytes()
+
+
+def need_head(hub: LogHub) -> None:
+    """Raises: NotReadyError: this process neither writes the log nor has seen it published."""
+    if not hub.leads and hub.witnessed is None:
+        raise NotReadyError("nobody writes the log yet, or nothing of it is published")
 
 
 def need_leader(hub: LogHub) -> None:

@@ -1,6 +1,7 @@
 """Integrates leaves: signs heads of the log, and makes the static directory of what is witnessed.
 
-One process writes, under a lease. In order, for each growth of the log:
+One process writes, under a lease; the others show their readers what it published, and one of them
+takes over when the lease runs out. In order, for each growth of the log:
 
     1. the new leaves enter the tree; the head must extend the ratchet's (``check_may_sign``)
     2. the ratchet turns, durably, and only then the head is signed
@@ -42,7 +43,7 @@ from protocols.identifiers import Digest
 from protocols.tlog.checkpoint import Checkpoint, sign_checkpoint
 from protocols.tlog.kinds import Heartbeat, RoundPlan
 from protocols.tlog.merkle import EMPTY_ROOT
-from protocols.tlog.note import SignerKey, VerifierKey
+from protocols.tlog.note import Note, SignerKey, VerifierKey
 from protocols.tlog.proofs import make_consistency
 from protocols.tlog.ratchet import ForkError, check_may_sign, check_start
 from protocols.tlog.trust_policy import TrustPolicy
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 LEASE: Final = "log"
 LEASE_TTL: Final = timedelta(seconds=4)
 RENEW_S: Final = 1.0
+FOLLOW_S: Final = 0.1  # between two looks at what another process published
 GATHER_S: Final = 0.03  # a leaf that nobody waits for may wait so long for company
 BATCH: Final = 1024  # leaves read at once
 HEARTBEAT: Final = timedelta(hours=1)
@@ -103,7 +105,7 @@ class LogWriter:
                 try:
                     if await self._hold():
                         await self._lead(publishing)
-                    await asyncio.sleep(RENEW_S)
+                    await self._follow()
                 except IntegrityError:
                     raise
                 except FederationError as error:
@@ -136,6 +138,26 @@ class LogWriter:
         ):
             raise LeaseLostError("another process writes the log now")
         return self._fence is not None
+
+    async def _follow(self) -> None:
+        """Show what the writer published, until it is time to ask for the lease again."""
+        until = asyncio.get_running_loop().time() + RENEW_S
+        while asyncio.get_running_loop().time() < until:
+            found = await asyncio.to_thread(self.files.published_note)
+            shown = self.hub.witnessed
+            if found is not None and (shown is None or found[0] != shown.note):
+                await self._show(*found)
+            await asyncio.sleep(FOLLOW_S)
+
+    async def _show(self, note: Note, head: Checkpoint) -> None:
+        tree = self.hub.tree
+        if tree.size < head.size:
+            first = tree.size
+            hashes = await self.ledger.read("leaf_hashes", lambda tx: tx.leaf_hashes(first))
+            await asyncio.to_thread(tree.extend, hashes)
+        if tree.size < head.size or tree.root(head.size) != head.root:
+            raise ForkError(f"the log directory has a head of size {head.size} that is not ours")
+        self.hub.show(note, head)
 
     async def _lead(self, publishing: asyncio.Task[None]) -> None:
         """Write as long as the lease holds."""
@@ -174,7 +196,8 @@ class LogWriter:
                     " older, or another one"
                 )
             self._written = published.size
-        self._compared = last is None  # nothing was ever signed: there is nobody to ask
+        # Nothing was ever signed, by this process or another: there is nobody to ask.
+        self._compared = last is None and published is None
         await self._read_policy()
         self._quiet_since = self.clock.now()
         self.hub.lead(True)

@@ -109,6 +109,7 @@ class _Failed:
     times: int
     not_before: float  # monotonic seconds
     version: int | None  # try again as soon as the view has another version; None: time alone
+    why: str = ""  # one sentence, for people
 
 
 @dataclass(slots=True)
@@ -567,7 +568,8 @@ class Agent:
         times = before.times + 1 if before else 1
         delay = self.backoff.delay(times - 1, self.site.rng, at_least=at_least)
         seen = self._view.version if self._view and await_news else None
-        self._failed[action] = _Failed(times, self.site.monotonic() + delay, seen)
+        until = self.site.monotonic() + delay
+        self._failed[action] = _Failed(times, until, seen, why=str(error))
         logger.info("%s: %s", type(action).__name__, error.diagnostics())
         if len(self._failed) > 256:
             self._failed.pop(next(iter(self._failed)))
@@ -674,25 +676,39 @@ class Agent:
         record = self.site.journal.round(current.round) if current is not None else None
         return str(record.refusal) if record is not None and record.refusal is not None else ""
 
+    def _why_now(self, run: RunId) -> str:
+        """What the run waits for; with what keeps this node from doing its part, as on a full
+        disk."""
+        now = self.site.monotonic()
+        failed = [
+            f"{type(action).__name__} is tried again: {each.why}"
+            for action, each in self._failed.items()
+            if each.why and each.not_before > now and _run_of(action) == run
+        ]
+        return "; ".join(filter(None, (self._why.get(run, ""), *failed[-2:])))
+
     def _run_status(self, seen: RunSeen) -> RunStatus:
         known, current = self._runs.get(seen.run), seen.current
         doing = sorted(
-            type(action).__name__
-            for action in self._tasks
-            if getattr(action, "run", None) == seen.run
-            or getattr(getattr(action, "round", None), "run", None) == seen.run
+            type(action).__name__ for action in self._tasks if _run_of(action) == seen.run
         )
         return RunStatus(
             run=seen.run,
             status=seen.status,
             round=str(current.round) if current else "",
             phase=current.raw_phase.name if current else "",
-            why=self._why.get(seen.run, ""),
+            why=self._why_now(seen.run),
             doing=tuple(doing),
             stopped=str(known.stopped) if known and known.stopped else "",
             declined=self._declined(current),
             privacy=promise(known.plan) if known else "",
         )
+
+
+def _run_of(action: Action) -> RunId | None:
+    """The run that an action belongs to."""
+    found: RunId | None = getattr(action, "run", None)
+    return found or getattr(getattr(action, "round", None), "run", None)
 
 
 def handle_signals(agent: Agent, on: Callable[[int, Callable[[], None]], None]) -> None:

@@ -4,6 +4,11 @@ The coordinator's certificate must come from the trust anchor of the invitation 
 that was dialled. Node certificates of the same authority name no host, so no member can stand in
 for the coordinator. A renewed certificate gets a new channel; calls under way finish on the old.
 
+A consortium may run several coordinator processes over one database, each at an address of its own.
+All of them serve every call, so a node talks to one and turns to the next when that one does not
+answer. Only the stream of cosignatures has to reach the process that writes the log: it has a
+channel of its own, which goes round until it is there.
+
 Only errors that say "later" (``NotReadyError``, and gRPC's UNAVAILABLE and DEADLINE_EXCEEDED) are
 retried, with exponential backoff and jitter. Every call may be repeated: protocols/proto.
 """
@@ -11,7 +16,8 @@ retried, with exponential backoff and jitter. Every call may be repeated: protoc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Final, TypeVar
@@ -39,10 +45,12 @@ from protocols.gen import (
     trust_pb2_grpc,
 )
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_MESSAGE: Final = 8 * 2**20  # bytes: a plan or a list of unit hashes, with room
 KEEPALIVE_MS: Final = 210_000  # middleboxes drop idle connections after 4 minutes
 CALL_TIMEOUT_S: Final = 30.0
+TURNED_GRACE_S: Final = 60.0  # for calls under way when another coordinator process is turned to
 OPTIONS: Final = (
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -136,40 +144,91 @@ def _credentials(identity: TlsIdentity) -> grpc.ChannelCredentials:
 
 
 class Connection:
-    """A channel to the coordinator that can be replaced when the certificate is renewed."""
+    """A channel to the coordinator that can be replaced when the certificate is renewed.
 
-    def __init__(self, address: str, identity: TlsIdentity, *, rng: Random) -> None:
-        self.address = address
+    Args:
+        addresses: HOST:PORT of each coordinator process, in the order of preference; or the one.
+        identity: certificate and key.
+        rng: jitter only.
+    """
+
+    def __init__(
+        self, addresses: str | Sequence[str], identity: TlsIdentity, *, rng: Random
+    ) -> None:
+        self.addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
         self.rng = rng
+        self._at = 0
+        self._witness_at = 0
         self._closing: set[asyncio.Task[None]] = set()
         self._open(identity)
 
+    @property
+    def address(self) -> str:
+        """Whom this node talks to now."""
+        return self.addresses[self._at]
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(address, _credentials(self._identity), options=list(OPTIONS))
+
     def _open(self, identity: TlsIdentity) -> None:
-        self.channel = grpc.aio.secure_channel(
-            self.address, _credentials(identity), options=list(OPTIONS)
-        )
+        self._identity = identity
+        self._open_calls()
+        self._open_witness()
+
+    def _open_calls(self) -> None:
+        self.channel = self._channel(self.address)
         self.accounting: Any = accounting_pb2_grpc.AccountingStub(self.channel)
         self.rounds: Any = rounds_pb2_grpc.RoundsStub(self.channel)
         self.bulk: Any = bulk_pb2_grpc.BulkStub(self.channel)
         self.secure_sum: Any = secure_sum_pb2_grpc.SecureSumStub(self.channel)
         self.trust: Any = trust_pb2_grpc.TrustStub(self.channel)
         self.log: Any = log_pb2_grpc.LogStub(self.channel)
-        self.witness: Any = log_pb2_grpc.WitnessStub(self.channel)
         self.renewal: Any = enrolment_pb2_grpc.RenewalStub(self.channel)
+
+    def _open_witness(self) -> None:
+        alone = len(self.addresses) == 1
+        address = self.addresses[self._witness_at]
+        self.witness_channel = self.channel if alone else self._channel(address)
+        self.witness: Any = log_pb2_grpc.WitnessStub(self.witness_channel)
+
+    def turn_from(self, address: str) -> None:
+        """Talk to the next coordinator process, if ``address`` is the one that did not answer.
+
+        Calls under way on the old channel have a while to finish: it may only be slow.
+        """
+        if len(self.addresses) > 1 and address == self.address:
+            self._at = (self._at + 1) % len(self.addresses)
+            logger.warning("%s does not answer: turning to %s", address, self.address)
+            old = self.channel
+            self._open_calls()
+            self._close_later(old, TURNED_GRACE_S)
+
+    def turn_witness(self) -> None:
+        """Offer cosignatures to the next coordinator process: this one does not write the log."""
+        if len(self.addresses) > 1:
+            self._witness_at = (self._witness_at + 1) % len(self.addresses)
+            old = self.witness_channel
+            self._open_witness()
+            self._close_later(old, 0.0)
 
     def renew(self, identity: TlsIdentity, *, grace_s: float = 600.0) -> None:
         """Use another certificate from now on; calls under way have ``grace_s`` to finish."""
-        old = self.channel
+        old = {self.channel, self.witness_channel}
         self._open(identity)
-        task = asyncio.get_running_loop().create_task(old.close(grace_s))
+        for channel in old:
+            self._close_later(channel, grace_s)
+
+    def _close_later(self, channel: grpc.aio.Channel, grace_s: float) -> None:
+        task = asyncio.get_running_loop().create_task(channel.close(grace_s))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
-        """Close the channel; calls under way are cancelled."""
+        """Close the channels; calls under way are cancelled."""
         for task in self._closing:
             task.cancel()
-        await self.channel.close(None)
+        for channel in {self.channel, self.witness_channel}:
+            await channel.close(None)
 
     async def call(self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """One control call, once.
@@ -177,10 +236,14 @@ class Connection:
         Raises:
             FederationError: as the coordinator said, or UnreachableError.
         """
+        address = self.address
         try:
             return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise rebuild_error(error, self.address) from None
+            known = rebuild_error(error, address)
+            if isinstance(known, UnreachableError):
+                self.turn_from(address)
+            raise known from None
         except grpc.aio.UsageError:
             # The channel was replaced between reading the stub and calling it.
             raise UnreachableError("the connection was being renewed", retry_after_s=0.1) from None

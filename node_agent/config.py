@@ -18,7 +18,7 @@ nodes/<institution>/
 
 institution = "usach"
 federation = "andes"
-coordinator = "minga.example:443"
+coordinator = "minga.example:443"   # or a list, where several processes serve one federation
 enrolment = "minga.example:8444"
 [data]
 train = ["text/train"]             # JSONL or Parquet: files, folders or globs
@@ -67,6 +67,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -106,6 +107,7 @@ def parse_address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(parse_address)]
+Addresses = Annotated[tuple[Address, ...], Field(min_length=1, max_length=8)]
 LocalStepKind = Literal["builtin", "flower", "synthetic"]
 
 
@@ -219,7 +221,7 @@ class LogConfig(_Section):
 class _File(_Section):
     institution: Annotated[str, AfterValidator(parse_node_id)]
     federation: Annotated[str, AfterValidator(parse_federation_id)]
-    coordinator: Address
+    coordinator: Address | Addresses
     enrolment: Address
     data: DataConfig = DataConfig()
     worker: WorkerConfig = WorkerConfig()
@@ -342,7 +344,7 @@ class NodeConfig:
 
     institution: NodeId
     federation: FederationId
-    coordinator: str  # HOST:PORT
+    coordinators: tuple[str, ...]  # HOST:PORT, at least one, the preferred first
     enrolment: str  # HOST:PORT
     data: DataConfig
     worker: WorkerConfig
@@ -355,6 +357,11 @@ class NodeConfig:
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     log: LogConfig = field(default_factory=LogConfig)
     capability: CapabilityConfig = field(default_factory=CapabilityConfig)
+
+    @property
+    def coordinator(self) -> str:
+        """For people: the address, or all of them."""
+        return ", ".join(self.coordinators)
 
 
 def _absolute(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -392,7 +399,9 @@ def load_config(folder: NodeFolder) -> NodeConfig:
     return NodeConfig(
         institution=NodeId(file.institution),
         federation=FederationId(file.federation),
-        coordinator=file.coordinator,
+        coordinators=(
+            (file.coordinator,) if isinstance(file.coordinator, str) else file.coordinator
+        ),
         enrolment=file.enrolment,
         data=file.data.model_copy(
             update={
@@ -430,7 +439,7 @@ def render_config(
     *,
     institution: NodeId,
     federation: FederationId,
-    coordinator: str,
+    coordinator: str | Sequence[str],
     enrolment: str,
     data: DataConfig,
     worker: WorkerConfig,

@@ -333,7 +333,7 @@ def check_policy(
 
 
 async def _ask(config: NodeConfig, identity: TlsIdentity) -> View:
-    connection = Connection(config.coordinator, identity, rng=SystemRandom())
+    connection = Connection(config.coordinators, identity, rng=SystemRandom())
     try:
         request = rounds_pb2.SyncRequest(seen=0, wait_ms=0, state="")
         answer = await connection.call(connection.rounds.Sync, request, timeout_s=10.0)

@@ -34,6 +34,7 @@ from protocols.errors import (
     FederationError,
     MalformedMessageError,
     NotReadyError,
+    UnreachableError,
 )
 from protocols.gen import log_pb2
 from protocols.identifiers import Digest, FederationId, NodeId, RoundId
@@ -210,11 +211,17 @@ class NodeLog:
         failures = 0
         while True:
             self.verifier.forget_trial()
+            address = self.connection.address
             try:
                 await self._read()
                 failures = 0
             except grpc.aio.AioRpcError as error:
-                self.trouble = rebuild_error(error, self.connection.address).diagnostics()
+                known = rebuild_error(error, address)
+                self.trouble = known.diagnostics()
+                if isinstance(known, UnreachableError):
+                    self.connection.turn_from(address)
+            except grpc.aio.UsageError:
+                failures = 0  # the channel was replaced: another coordinator is turned to
             except FederationError as error:
                 logger.warning("the log: %s", error.diagnostics())
                 self.trouble = error.diagnostics()
@@ -253,7 +260,10 @@ class NodeLog:
                 logger.warning("the witness: %s", error.diagnostics())
             finally:
                 call.cancel()
-            await asyncio.sleep(_PAUSE.delay(failures, self.rng))
+            self.connection.turn_witness()
+            # With several coordinators the next one may be the writer: it is asked soon.
+            turns = failures // len(self.connection.addresses)
+            await asyncio.sleep(_PAUSE.delay(turns, self.rng))
             failures = min(failures + 1, 6)
 
     @property

@@ -188,7 +188,7 @@ def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:
     identity, signing_key = keys.tls(), keys.signing_key()
     journal = Journal(folder.journal, now=utc_now)
     ledger = PrivacyLedger(folder.privacy, now=utc_now)
-    connection = Connection(config.coordinator, identity, rng=rng)
+    connection = Connection(config.coordinators, identity, rng=rng)
     log = open_node_log(
         folder.root,
         node=config.institution,

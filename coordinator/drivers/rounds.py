@@ -279,8 +279,9 @@ class RoundDriver:
 
     async def _hold(self, now: datetime) -> bool:
         """Whether this process drives; takes or renews the lease where that is due."""
-        if self._renew_at is not None and now < self._renew_at:
-            return self._fence is not None
+        soon = self._renew_at is not None and self._renew_at - now <= RENEW_EVERY
+        if self._renew_at is not None and now < self._renew_at and soon:
+            return self._fence is not None  # later than soon: the clock was set back meanwhile
         fence = self._fence
         if fence is not None:
             held = await self._ledger.run(
@@ -313,8 +314,9 @@ class RoundDriver:
     # -- adding up ---------------------------------------------------------------------------
 
     def _begin_adding(self, row: RoundRow, plan: Plan, now: datetime) -> None:
-        if row.round in self._adding or now < self._not_before.get(row.round, now):
-            return
+        wait = self._not_before.get(row.round, now) - now
+        if row.round in self._adding or timedelta() < wait <= _RETRY:
+            return  # a longer wait: the clock was set back meanwhile
         self._not_before.pop(row.round, None)
         task = asyncio.create_task(self._open_sum(row, plan), name=f"open {row.round}")
         self._adding[row.round] = task

@@ -9,6 +9,7 @@ transaction. The check locks the lease's row against a takeover until that trans
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy import bindparam
@@ -18,11 +19,15 @@ from coordinator.ledger.statements import Statements
 from protocols.errors import LedgerBusyError
 from protocols.rounds_codec import to_ms
 
+FAR: Final = timedelta(minutes=1)  # beyond every lease, and every clock that is nearly right
 _TAKE = (
     sa.update(leases)
     .where(
         leases.c.name == bindparam("which"),
-        leases.c.expires_at <= bindparam("at"),
+        sa.or_(
+            leases.c.expires_at <= bindparam("at"),
+            leases.c.expires_at > bindparam("beyond"),
+        ),
     )
     .values(holder=bindparam("who"), fence=leases.c.fence + 1, expires_at=bindparam("until"))
     .returning(leases.c.fence)
@@ -60,6 +65,9 @@ class Leases(Statements):
     def take_lease(self, name: str, holder: str, now: datetime, ttl: timedelta) -> int | None:
         """Become the holder, if there is none or its lease ran out.
 
+        A lease that ends later than any could was taken before the clock was set back: it counts
+        as run out, or a process that is long dead would hold the others up for as long.
+
         Args:
             name: what is leased.
             holder: this process.
@@ -73,7 +81,9 @@ class Leases(Statements):
         first = self._insert_once(leases, name=name, holder=holder, fence=1, expires_at=until)
         if first:
             return 1
-        row = self._one(_TAKE, which=name, who=holder, at=to_ms(now), until=until)
+        row = self._one(
+            _TAKE, which=name, who=holder, at=to_ms(now), until=until, beyond=to_ms(now + FAR)
+        )
         return None if row is None else int(row.fence)
 
     def renew_lease(self, name: str, fence: int, now: datetime, ttl: timedelta) -> bool:

@@ -15,7 +15,7 @@ import grpc
 
 from coordinator.clock import Clock
 from coordinator.ledger import Ledger, Tx
-from coordinator.log_hub import LogHub, need_leader
+from coordinator.log_hub import LogHub, need_head, need_leader
 from coordinator.services.caller import Callers
 from policies.audit.replay import LeafRefusedError, peek
 from protocols.errors import MalformedMessageError, NotFoundError
@@ -46,7 +46,7 @@ class LogService(log_pb2_grpc.LogServicer):
         at = int(request.size)
         while True:
             await self._callers.reader(context)  # a stream may outlive the right to it
-            need_leader(self._hub)
+            need_head(self._hub)
             head = self._hub.witnessed
             if head is None or head.size <= at:
                 await self._hub.changed(LOOK_S)
@@ -75,7 +75,7 @@ class LogService(log_pb2_grpc.LogServicer):
     async def Prove(self, request: log_pb2.ProveRequest, context: Context) -> log_pb2.ProveResponse:
         """A proof of one leaf that can be verified offline."""
         await self._callers.any(context)
-        need_leader(self._hub)
+        need_head(self._hub)
         name = read_bytes(request.leaf_hash, what="a leaf hash", size=32).hex()
         row = await self._ledger.read("leaf", lambda tx: tx.leaf(name))
         if row is None:

@@ -50,7 +50,7 @@ class JoinRequest:
 
     folder: Path
     token: str = field(repr=False)
-    coordinator: str
+    coordinator: str  # HOST:PORT, or several with commas: processes of one federation
     enrolment: str | None
     train: tuple[str, ...]
     valid: tuple[str, ...]
@@ -173,7 +173,8 @@ def join_folder(request: JoinRequest) -> dict[str, Any]:
         ExistsError: the folder is another institution's.
     """
     invitation = Invitation.parse(request.token)
-    coordinator = _address(request.coordinator)
+    coordinators = [_address(part.strip()) for part in request.coordinator.split(",")]
+    coordinator = coordinators[0]
     enrolment = _address(request.enrolment) if request.enrolment else _next_port(coordinator)
     worker = _worker(request)
     if not re.fullmatch("[A-Z]{2}", request.country):
@@ -199,7 +200,7 @@ def join_folder(request: JoinRequest) -> dict[str, Any]:
         text = render_config(
             institution=enrolled.node,
             federation=enrolled.federation,
-            coordinator=coordinator,
+            coordinator=coordinator if len(coordinators) == 1 else coordinators,
             enrolment=enrolment,
             data=DataConfig(
                 train=tuple(str(Path(path).absolute()) for path in request.train),

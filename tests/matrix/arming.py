@@ -153,7 +153,7 @@ def _wrap_commits(armed: Armed) -> None:
 
     connect = sqlite3.connect
 
-    def counted(*arguments: Any, **named: Any) -> sqlite3.Connection:
+    def counted(*arguments: Any, **named: Any) -> Any:
         named.setdefault("factory", Counted)
         return connect(*arguments, **named)
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import sqlalchemy as sa
+
+from infra.runs.client import AdminClient
 from infra.runs.facts import RunReport
 from protocols.errors import NotFoundError, NotReadyError
 from protocols.identifiers import RunId
@@ -49,7 +52,8 @@ class Bench:
     url: str
     server: PostgresServer | None
     rounds: int
-    last: RunId = RunId("")  # that was submitted, perhaps in vain
+    last: RunId | None = None  # that was submitted, perhaps in vain
+    others: list[AdminClient] = field(default_factory=list)  # to further coordinators
     _wanted: list[Any] = field(default_factory=list)
     _runs: int = 0
 
@@ -64,6 +68,10 @@ class Bench:
             mode=self.mode,
             deadlines=DEADLINES,
         )
+
+    def run_id(self, name: str) -> RunId:
+        """The id of a run by its name."""
+        return RunId(name)
 
     def undisturbed(self) -> list[Any]:
         """What every run must give."""
@@ -85,10 +93,65 @@ class Bench:
 
     def show(self, run: RunId) -> RunReport | None:
         """The run now; None: nobody answers, or it is not known."""
-        try:
-            return self.running.client.show(run)
-        except (NotReadyError, NotFoundError):
-            return None
+        for client in (self.running.client, *self.others):
+            try:
+                return client.show(run)
+            except (NotReadyError, NotFoundError):
+                continue
+        return None
+
+    def next_step_after(self, at: float) -> float | None:
+        """When the first phase after a time was entered: Unix seconds, by the coordinator's clock.
+
+        Read from the database itself; None: none yet.
+        """
+        engine = sa.create_engine(self.url, poolclass=sa.NullPool)
+        query = "SELECT min(entered_at) AS at FROM phase_times WHERE entered_at > :at"
+        with engine.connect() as connection:
+            row = connection.execute(sa.text(query), {"at": int(at * 1000)}).first()
+        return None if row is None or row.at is None else row.at / 1000
+
+    def ended(self, run: RunId) -> RunReport:
+        """The run, once it is over and every survivor has said what it computed."""
+        give_up = time.monotonic() + PATIENCE_S
+        while time.monotonic() < give_up:
+            self.running.household.check()
+            report = self.show(run)
+            if (
+                report is not None
+                and report.ended
+                and all(set(each.survivors) <= each.confirmed for each in report.released)
+            ):
+                return report
+            time.sleep(0.1)
+        raise AssertionError(f"{run} did not end: {report}\n{self.running.logs()}")
+
+    def meet(self, run: RunId, phase: str) -> bool:
+        """Stop all agents while a round is in a phase; False: the run ended before it was met.
+
+        Nobody but the coordinator acts in Released: there agents go on.
+        """
+        household, sites = self.running.household, self.running.sites
+        with self.running.history(run) as history:
+            give_up = time.monotonic() + PATIENCE_S
+            while time.monotonic() < give_up:
+                entry = history.next(timeout_s=0.2)
+                if entry is None:
+                    report = self.show(run)
+                    if report is not None and report.ended:
+                        return False
+                    continue
+                if entry.phase != phase:
+                    continue
+                if phase == "Released":
+                    return True
+                household.pause(sites)
+                report = self.show(run)
+                now = report.current if report is not None else None
+                if now is not None and now.phase == phase:
+                    return True
+                household.resume(sites)
+        raise AssertionError(f"{phase} was not met in time\n{self.running.logs()}")
 
     def wait(self, what: Callable[[], bool], *, words: str, timeout_s: float = PATIENCE_S) -> None:
         """Wait for a condition."""
@@ -107,11 +170,11 @@ def bench(
     database: Database,
     server: PostgresServer | None,
     rounds: int = 2,
-    nodes: int = NODES,
+    start: bool = True,
 ) -> Iterator[Bench]:
     """A federation on a database of its own."""
     url = server.new_database() if server is not None else ""
-    with running(folder, nodes=nodes, clock=True, ledger=url) as made:
+    with running(folder, nodes=NODES, clock=True, ledger=url, start=start) as made:
         where = url or f"sqlite:///{made.folder}/coordinator/ledger.sqlite"
         yield Bench(
             running=made, mode=mode, database=database, url=where, server=server, rounds=rounds

@@ -1,15 +1,15 @@
-"""Kills at every commit point: one process dies at each of them in turn, in as few runs as it takes.
+"""Kills at every commit point: one process dies at each of them in turn, in few runs.
 
 The victim is told all points that are still to be visited and dies at the first it comes to; it is
-started again at once (``lives``), with what is left. When a run has ended, its digests must be those
-of the undisturbed run; further runs follow until one visits nothing new. What is then left over was
-not visited, and the case says so.
+started again at once (``lives``), with what is left. When a run has ended, its digests must be
+those of the undisturbed run; further runs follow until one visits nothing new. What is then left
+over was not visited, and the case says so.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,15 @@ class Storm:
         self._name = COORDINATOR if part == "coordinator" else VICTIM
         self._faults: Path = bench.running.folder / "faults" / self._name
 
-    def play(self, instants: frozenset[str]) -> tuple[list[Row], frozenset[str]]:
-        """Visit instants; what came of each, and those that no run came to."""
+    def play(
+        self, instants: frozenset[str], errands: Callable[[Bench], str] | None = None
+    ) -> tuple[list[Row], frozenset[str]]:
+        """Visit instants; what came of each, and those that nothing came to.
+
+        Args:
+            instants: commit points, before and after.
+            errands: done when plain runs visit nothing new; says what came of them.
+        """
         bench = self._bench
         bench.undisturbed()
         write_points(self._faults, sorted(instants))
@@ -44,14 +51,20 @@ class Storm:
         rows: list[Row] = []
         while len(rows) < len(instants):
             outcome = self._ride_out(self._submit())
-            struck = read_struck(read_marks(self._faults / "marks"))[len(rows) :]
-            rows += [self._row(mark, outcome) for mark in struck]
-            if not struck:
+            if not self._gather(rows, outcome):
                 break
+        if errands is not None:
+            self._gather(rows, errands(bench))
         (self._faults / "points.json").unlink()
         bench.running.household.stop(self._name)
         self._start()
         return rows, instants - {row.point for row in rows}
+
+    def _gather(self, rows: list[Row], outcome: str) -> bool:
+        """Add what was visited since the last time; False: nothing."""
+        struck = read_struck(read_marks(self._faults / "marks"))[len(rows) :]
+        rows += [self._row(mark, outcome) for mark in struck]
+        return bool(struck)
 
     def _submit(self) -> RunId:
         """Submit a run; where the answer is lost, find out whether it was taken."""
@@ -62,8 +75,9 @@ class Storm:
             except FederationError:
                 if time.monotonic() > give_up:
                     raise
-                if self._answers() and self._bench.show(self._bench.last) is not None:
-                    return self._bench.last
+                last = self._bench.last
+                if last is not None and self._answers() and self._bench.show(last) is not None:
+                    return last
 
     def _answers(self) -> bool:
         """Wait until somebody answers."""
@@ -126,13 +140,11 @@ class Storm:
 def read_struck(marks: Sequence[Mark]) -> list[Mark]:
     """Each kill, with the phase it fell into and when the next life went on.
 
-    The time counts from the start of the next process: what importing the code takes is added to
-    what its life took. A life that was killed before it went on leaves no time.
+    The time counts from when the next process has imported the code. A life that was killed before
+    it went on leaves no time.
     """
     struck: list[Mark] = []
-    import_s = 0.0
     for mark in marks:
-        import_s = mark.get("import_s", import_s)
         if "point" in mark:
             struck.append({"point": mark["point"], "phase": "none", "went_on_s": None})
         elif not struck:
@@ -140,5 +152,5 @@ def read_struck(marks: Sequence[Mark]) -> list[Mark]:
         elif "phase" in mark:
             struck[-1]["phase"] = mark["phase"]
         elif "went_on" in mark and struck[-1]["went_on_s"] is None:
-            struck[-1]["went_on_s"] = round(mark["went_on"] + import_s, 2)
+            struck[-1]["went_on_s"] = round(mark["went_on"], 2)
     return struck

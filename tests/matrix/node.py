@@ -1,6 +1,6 @@
 """The real agent of a node that kills itself at commit points, with a clock that a test may set.
 
-    python -m tests.matrix.node --dir NODE_FOLDER --faults FOLDER [--clock FILE]
+python -m tests.matrix.node --dir NODE_FOLDER --faults FOLDER [--clock FILE]
 """
 
 from __future__ import annotations

@@ -173,3 +173,62 @@ def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
 
 def _calls(function: ast.AST) -> Iterator[ast.Call]:
     return (node for node in ast.walk(function) if isinstance(node, ast.Call))
+
+
+# Points that no round of the matrix comes to, with the reason and where they are tested instead.
+# An entry that is visited, or is no point any more, fails the test as well.
+ELSEWHERE: Final[dict[str, str]] = {
+    "file:coordinator.aggregation.release._Files.write#fdatasync": (
+        "only in models of several units; tests/unit/test_aggregation.py"
+    ),
+    "file:coordinator.flower_state.save#": (
+        "the state of a Flower strategy, whole or absent; tests/conformance"
+    ),
+    "file:coordinator.log_files.LogFiles.describe#_write": (
+        "before the first round of a new coordinator; tests/faults/test_log_writer_killed.py"
+    ),
+    "file:coordinator.log_files.LogFiles.keep_blob#_write": (
+        "plans too large for a leaf; tests/faults/test_log_writer_killed.py"
+    ),
+    "file:coordinator.log_parts.make_keys#write_private": "`coordinator init`, run by hand",
+    "file:coordinator.setup.initialise#write_private": "`coordinator init`, run by hand",
+    "file:coordinator.trust_repository.": (
+        "what admins signed; tests/faults/test_governed_federation.py"
+    ),
+    "tx:publish_trust": "what admins signed; tests/faults/test_governed_federation.py",
+    "tx:register_operator": "`coordinator init`, run by hand",
+    "tx:release_lease": "a polite end; a kill there is a kill at any other time",
+    "tx:renew": "once a month for each certificate; tests/contract/test_node_enrolment.py",
+    "tx:report_cost": "only after real training; tests/faults/test_launcher_local.py",
+    "tx:secure_abort": "a node that refuses a list; tests/attacks",
+    "tx:secure_complaint": "a dealer that cheats; tests/attacks",
+    "tx:statement": "what people sign by hand; tests/contract",
+    "tx:sum_failed": "a sum that cannot be opened; tests/unit, tests/simulation",
+    "tx:leave": "a node whose work failed; tests/faults/test_node_agent.py",
+    "file:node_agent.bulk.fetch#": "large blobs only; tests/faults/test_node_killed.py",
+    "file:node_agent.cli.joining.": "`node join`, run by hand; may be repeated",
+    "file:node_agent.governed.write_approval#": "`node approve`, run by hand",
+    "file:node_agent.keys.write_secret#": "`node join` and renewals; may be repeated",
+    "file:node_agent.launchers.": "the worker's start; tests/faults/test_launcher_*.py",
+    "file:node_agent.models.Models.compute_next#link": "buffers that a round did not change",
+    "file:node_agent.models.Models.obtain#link": "files that two models share",
+    "file:node_agent.spool.write_job#": "real training; tests/faults/test_launcher_local.py",
+    "file:node_agent.trust.": "what admins signed; tests/faults/test_governed_federation.py",
+    "file:node_agent.witness.write_key#": "`node join`, run by hand; may be repeated",
+    "sql:node_agent.journal.Journal.stop_run": "a node that stops for good; tests/attacks",
+    "sql:node_agent.log_store.LogStore.raise_alarm": "a coordinator that lies; tests/attacks",
+    "sql:node_agent.privacy_ledger.PrivacyLedger.reserve": (
+        "private plans; tests/faults/test_private_federation.py"
+    ),
+    "sql:node_agent.privacy_ledger.PrivacyLedger.start": (
+        "private plans; tests/faults/test_private_federation.py"
+    ),
+}
+WORKER: Final = "the worker: tests/faults/test_launcher_local.py and test_demo_kill.py"
+
+
+def reason_elsewhere(point: str) -> str:
+    """Why the matrix does not visit a point; empty: it must."""
+    if point in commit_points("worker"):
+        return WORKER
+    return next((why for name, why in ELSEWHERE.items() if point.startswith(name)), "")

@@ -209,7 +209,7 @@ def node_config(**changes: Any) -> NodeConfig:
     values: dict[str, Any] = {
         "institution": ME,
         "federation": FederationId("demo"),
-        "coordinator": "127.0.0.1:1",
+        "coordinators": ("127.0.0.1:1",),
         "enrolment": "127.0.0.1:2",
         "data": DataConfig(),
         "worker": WorkerConfig(),

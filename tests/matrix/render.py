@@ -1,0 +1,206 @@
+"""From what the cases found to docs/faults.json, and from that to docs/faults.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tests.matrix.points import ELSEWHERE, WORKER, Part, commit_points
+
+ROOT: Final = Path(__file__).parents[2]
+OUT: Final = ROOT / "build" / "faults"
+FACTS: Final = ROOT / "docs" / "faults.json"
+PAGE: Final = ROOT / "docs" / "faults.md"
+PHASES: Final = (
+    *("none", "Open", "Training", "Dealing", "Uploading", "Committing", "Revealing"),
+    *("Released", "Aborted", "Burned", "no database"),
+)
+COLUMNS: Final = ("fault", "victim", "phase", "mode", "database", "outcome", "went_on_s", "point")
+
+
+def merge() -> None:
+    """Gather the cases that have run; a case that has not run this time stays as it was."""
+    facts: dict[str, Any] = read_facts() if FACTS.exists() else {"cases": {}}
+    for path in sorted(OUT.glob("*.json")):
+        said = json.loads(path.read_text())
+        facts["cases"][said["case"]] = {
+            "at": said["at"],
+            "seconds": said["seconds"],
+            "missed": said["missed"],
+            "rows": [[row[name] for name in COLUMNS] for row in said["rows"]],
+        }
+    facts["columns"] = COLUMNS
+    facts["cores"] = os.cpu_count()
+    FACTS.write_text(to_text(facts), "utf-8")
+
+
+def to_text(facts: dict[str, Any]) -> str:
+    """JSON with one row in a line, so that a change shows."""
+    lines = ["{", f' "cores": {json.dumps(facts["cores"])},']
+    lines += [f' "columns": {json.dumps(facts["columns"])},', ' "cases": {']
+    cases = sorted(facts["cases"].items())
+    for place, (name, case) in enumerate(cases, start=1):
+        rows = ",\n".join(f"   {json.dumps(row)}" for row in case["rows"])
+        lines += [
+            (
+                f'  {json.dumps(name)}: {{"at": {json.dumps(case["at"])}, '
+                f'"seconds": {case["seconds"]}, "missed": {json.dumps(case["missed"])}, "rows": ['
+            ),
+            f"{rows}]}}{',' if place < len(cases) else ''}",
+        ]
+    return "\n".join([*lines, " }", "}", ""])
+
+
+def read_facts() -> dict[str, Any]:
+    """docs/faults.json."""
+    facts: dict[str, Any] = json.loads(FACTS.read_text("utf-8"))
+    return facts
+
+
+def rows_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows of all cases."""
+    return [
+        dict(zip(facts["columns"], row, strict=True))
+        for _, case in sorted(facts["cases"].items())
+        for row in case["rows"]
+    ]
+
+
+def write_page() -> None:
+    """Make docs/faults.md."""
+    PAGE.write_text(page(read_facts()), "utf-8")
+
+
+def page(facts: dict[str, Any]) -> str:
+    """The page, from the facts alone (and the list of what is tested elsewhere)."""
+    rows = rows_of(facts)
+    return "\n".join(
+        [
+            *_head(facts, rows),
+            *_by_phase(rows),
+            *_points(rows),
+            *_elsewhere(rows),
+        ]
+    )
+
+
+def _head(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    same = sum(row["outcome"] == "same" for row in rows)
+    times = [row["went_on_s"] for row in rows if row["went_on_s"] is not None]
+    newest = max((case["at"] for case in facts["cases"].values()), default="never")
+    total = sum(case["seconds"] for case in facts["cases"].values())
+    return [
+        "# What happens when something breaks",
+        "",
+        (
+            "<!-- Made by `make faults` from docs/faults.json, which the runs themselves wrote."
+            " Do not edit. -->"
+        ),
+        "",
+        (
+            f"{len(rows)} faults were made to happen in a federation of real processes (three nodes,"
+            " mutual TLS, round log with all nodes as witnesses; masked sums with every node needed,"
+            " and open sums). After each, the run had to end with the very digests of the undisturbed"
+            " run, every survivor counted once, every node confirming the same model:"
+            f" **{same} of {len(rows)}** did. Last run {newest}, {total // 60} minutes on"
+            f" {facts['cores']} cores that had other work as well."
+        ),
+        "",
+        (
+            f"*Time to go on* is the longest seen (the longest of all: {max(times, default=0):.1f} s)."
+            " After a kill it counts from when the new process has imported its code to the first"
+            " thing it made durable for a round; after a trouble from its end to the next phase that"
+            " the coordinator recorded, where the round still needed one. `struck again` means that"
+            " the next kill came first."
+        ),
+        "",
+    ]
+
+
+def _by_phase(rows: Iterable[dict[str, Any]]) -> list[str]:
+    found: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for row in rows:
+        found[row["victim"], row["fault"], row["mode"]][row["phase"]].append(row)
+    lines = ["## Phase, victim, database", ""]
+    lines += [
+        "| victim | fault | sum | phase | SQLite | PostgreSQL |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (victim, fault, mode), phases in sorted(found.items()):
+        for phase in sorted(phases, key=_phase_order):
+            cells = [
+                _cell([row for row in phases[phase] if row["database"] == database])
+                for database in ("sqlite", "postgresql")
+            ]
+            kind = "open" if mode == "open" else "masked"
+            lines.append(f"| {victim} | {fault} | {kind} | {phase} | {cells[0]} | {cells[1]} |")
+    return [*lines, ""]
+
+
+def _phase_order(phase: str) -> int:
+    return PHASES.index(phase) if phase in PHASES else len(PHASES)
+
+
+def _cell(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    bad = sorted({row["outcome"] for row in rows if row["outcome"] != "same"})
+    times = [row["went_on_s"] for row in rows if row["went_on_s"] is not None]
+    count = f"{len(rows)} x " if len(rows) > 1 else ""
+    if bad:
+        return f"{count}**{'; '.join(bad)}**"
+    return f"{count}same" + (f", {max(times):.1f} s" if times else ", no wait")
+
+
+def _points(rows: Iterable[dict[str, Any]]) -> list[str]:
+    visited: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row["point"]:
+            point, _, when = row["point"].partition("@")
+            kind = "open" if row["mode"] == "open" else "masked"
+            visited[point].add(f"{when}/{kind}/{row['database']}")
+    lines = [
+        "## Commit points",
+        "",
+        (
+            "Found in the source by `tests/matrix/points.py`: a transaction, or a file that becomes"
+            " durable or gets its name. Each was visited by SIGKILL right before and right after it;"
+            " the numbers say how often, over both kinds of sum and both databases. A test fails when"
+            " the source has a point that is not here."
+        ),
+        "",
+    ]
+    parts: tuple[Part, ...] = ("coordinator", "node")
+    for part in parts:
+        lines += [
+            f"### {part}",
+            "",
+            "| commit point | killed before | killed after |",
+            "|---|---|---|",
+        ]
+        for point in sorted(commit_points(part)):
+            seen = visited.get(point)
+            if seen:
+                before = sum(each.startswith("before") for each in seen)
+                after = sum(each.startswith("after") for each in seen)
+                lines.append(f"| `{point}` | {before} | {after} |")
+        lines.append("")
+    return lines
+
+
+def _elsewhere(rows: Iterable[dict[str, Any]]) -> list[str]:
+    lines = [
+        "### Not in a plain round",
+        "",
+        "| commit point | why, and where it is tested |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {why} |" for name, why in sorted(ELSEWHERE.items())]
+    lines += [f"| `{name}` | {WORKER} |" for name in sorted(commit_points("worker"))]
+    return [*lines, ""]

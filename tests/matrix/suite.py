@@ -1,0 +1,190 @@
+"""The cases, in groups that share one federation: starting one costs more than most faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from tests.matrix import troubles
+from tests.matrix.cases import Bench, Database, Mode, Row, bench
+from tests.matrix.errands import run_errands
+from tests.matrix.kills import Storm
+from tests.matrix.points import Part, commit_points, reason_elsewhere
+from tests.matrix.render import OUT
+from tests.support import postgres
+from tests.support.postgres import PostgresServer
+
+Play = Callable[[Bench], tuple[list[Row], frozenset[str]]]
+
+
+def instants(part: Part) -> frozenset[str]:
+    """Every commit point that a round comes to, before and after."""
+    return frozenset(
+        f"{point}@{when}"
+        for point in commit_points(part)
+        if not reason_elsewhere(point)
+        for when in ("before", "after")
+    )
+
+
+def kills(part: Part) -> Play:
+    """The case that visits every commit point of a part."""
+
+    def play(made: Bench) -> tuple[list[Row], frozenset[str]]:
+        errands = run_errands if part == "coordinator" and made.mode == "open" else None
+        return Storm(made, part).play(instants(part), errands)
+
+    return play
+
+
+def trouble(make: Callable[[Bench], troubles.Trouble]) -> Play:
+    """The case that lets one trouble happen in every phase."""
+    return lambda made: (troubles.suffer(made, make(made)), frozenset())
+
+
+def network(made: Bench) -> tuple[list[Row], frozenset[str]]:
+    """All weathers."""
+    rows = []
+    with troubles.behind_relay(made) as relay:
+        for kind in ("slow", "lossy", "deaf", "away"):
+            rows += troubles.suffer(made, troubles.weather(relay, kind))
+    return rows, frozenset()
+
+
+def disk(made: Bench) -> tuple[list[Row], frozenset[str]]:
+    """No room for anybody."""
+    troubles.little_is_enough(made)
+    return troubles.suffer(made, troubles.disk_full(made)), frozenset()
+
+
+def two(made: Bench) -> tuple[list[Row], frozenset[str]]:
+    """The leading one of two coordinators is killed."""
+    with troubles.two_coordinators(made) as leading:
+        return troubles.suffer(made, leading), frozenset()
+
+
+KILLS: Final[dict[str, Play]] = {
+    "kill-coordinator": kills("coordinator"),
+    "kill-node": kills("node"),
+}
+TROUBLES: Final[dict[str, Play]] = {
+    "clock-forwards": trouble(lambda made: troubles.clock_jump(made, troubles.HOUR_S)),
+    "clock-back": trouble(lambda made: troubles.clock_jump(made, -troubles.HOUR_S)),
+    "coordinator-stands-still": trouble(lambda made: troubles.standstill(made, "coordinator")),
+    "node-stands-still": trouble(lambda made: troubles.standstill(made, "node")),
+}
+DATABASE: Final[dict[str, Play]] = {
+    "server-killed": trouble(troubles.postmaster_killed),
+    "backend-killed": trouble(troubles.backend_killed),
+}
+LAST: Final[dict[str, Play]] = {  # these change the federation for good
+    "upgrade": trouble(troubles.upgrade),
+    "network": network,
+}
+GROUPS: Final[dict[tuple[Database, Mode, str], dict[str, Play]]] = {
+    ("sqlite", "aggregate-only", "main"): KILLS | TROUBLES | LAST,
+    ("postgresql", "aggregate-only", "main"): KILLS | DATABASE | TROUBLES | LAST,
+    ("postgresql", "aggregate-only", "two"): {"two-coordinators": two},
+    ("sqlite", "aggregate-only", "disk"): {"disk-full": disk},
+    ("postgresql", "aggregate-only", "disk"): {"disk-full": disk},
+    ("sqlite", "open", "main"): KILLS,
+    ("postgresql", "open", "main"): KILLS | DATABASE,
+}
+
+
+def groups(*, only: str) -> list[str]:
+    """Run what is left; the names of what failed."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with ExitStack() as stack:
+        server = _server(stack)
+        for (database, mode, place), cases in GROUPS.items():
+            names = {f"{database}.{mode}.{name}": play for name, play in cases.items()}
+            left = {
+                name: play
+                for name, play in names.items()
+                if only in name and not (OUT / f"{name}.json").exists()
+            }
+            if not left:
+                continue
+            if database == "postgresql" and server is None:
+                print(f"left out, PostgreSQL is not installed: {', '.join(left)}")
+                continue
+            if place == "disk" and not troubles.may_mount():
+                print(f"left out, a small disk needs root: {', '.join(left)}")
+                continue
+            failed += _group(database, mode, place, left, server if database != "sqlite" else None)
+    return failed
+
+
+def _group(
+    database: Database,
+    mode: Mode,
+    place: str,
+    cases: dict[str, Play],
+    server: PostgresServer | None,
+) -> list[str]:
+    folder = Path(tempfile.mkdtemp(prefix="minga-faults-"))
+    try:
+        with ExitStack() as stack:
+            if place == "disk":
+                stack.enter_context(troubles.small_disk(folder / "federation", size_mb=320))
+            made = stack.enter_context(
+                bench(folder / "federation", mode=mode, database=database, server=server)
+            )
+            for name, play in cases.items():
+                began = time.monotonic()
+                rows, missed = play(made)
+                _keep(name, rows, missed, time.monotonic() - began)
+    except Exception:  # noqa: BLE001 - the other groups shall run; this one is named at the end
+        traceback.print_exc()
+        return [name for name in cases if not (OUT / f"{name}.json").exists()]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return []
+
+
+def _keep(name: str, rows: list[Row], missed: frozenset[str], seconds: float) -> None:
+    said: dict[str, Any] = {
+        "case": name,
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "missed": sorted(missed),
+    }
+    (OUT / f"{name}.json").write_text(json.dumps(said, indent=1) + "\n")
+    bad = [row for row in rows if row.outcome != "same"]
+    print(f"{name}: {len(rows)} faults, {len(bad)} bad, {len(missed)} missed, {seconds:.0f} s")
+    for row in bad:
+        print(f"  {row}")
+
+
+@contextmanager
+def _started(server: PostgresServer) -> Iterator[PostgresServer]:
+    server.initialise()
+    server.start()
+    try:
+        yield server
+    finally:
+        if (server.folder / "data" / "postmaster.pid").exists():
+            server.stop()
+        shutil.rmtree(server.folder, ignore_errors=True)
+
+
+def _server(stack: ExitStack) -> PostgresServer | None:
+    programs = postgres.binaries()
+    if programs is None:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix=postgres._PREFIX))
+    (folder / "owner").write_text(str(os.getpid()))
+    server = PostgresServer(folder=folder, port=postgres._free_port(), programs=programs)
+    return stack.enter_context(_started(server))
