@@ -2,9 +2,10 @@
 #
 #   make demo                 a federation of four sites on this machine
 #   make test ARGS="-k merkle"  arguments for pytest; every target passes ARGS on
+#   make faults               every fault in every phase, and docs/faults.md of it; half an hour, resumable
 #   make test JOBS=1          one test at a time; two by default, whole files to each
 
-.PHONY: help venv demo test slurm-test bench bench-learning bench-peers bench-page load fuzz docs lint fmt proto clean
+.PHONY: help venv demo test faults slurm-test bench bench-learning bench-peers bench-page load fuzz docs lint fmt proto clean
 .DEFAULT_GOAL := help
 
 # The first Python that is new enough and can make environments; or say it: make venv PYTHON=...
@@ -17,7 +18,7 @@ JOBS = 2
 PACKAGES = protocols policies coordinator node_agent infra
 
 help:
-	@echo "make venv | demo | test | slurm-test | bench | bench-learning | bench-peers | bench-page | load | fuzz | docs | lint | fmt | proto | clean   (ARGS=... is passed on)"
+	@echo "make venv | demo | test | faults | slurm-test | bench | bench-learning | bench-peers | bench-page | load | fuzz | docs | lint | fmt | proto | clean   (ARGS=... is passed on)"
 
 venv: .venv/installed
 
@@ -37,6 +38,11 @@ test: venv
 # A part of `make test`: a private Slurm cluster of one node; skipped without slurm-wlm, munge or root.
 slurm-test: venv
 	.venv/bin/python -m pytest -m slurm tests/faults/test_launcher_slurm.py $(ARGS)
+
+# Kills at every commit point, a killed database, full disks, clocks, networks: writes docs/faults.json
+# and docs/faults.md. What has run is kept in build/faults; ARGS="--again" forgets it.
+faults: venv
+	.venv/bin/python -m tests.matrix $(ARGS)
 
 bench: venv
 	.venv/bin/python -m tests.bench $(ARGS)

@@ -83,7 +83,7 @@ def page(facts: dict[str, Any]) -> str:
             *_head(facts, rows),
             *_by_phase(rows),
             *_points(rows),
-            *_elsewhere(rows),
+            *_elsewhere(),
         ]
     )
 
@@ -102,20 +102,20 @@ def _head(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
         ),
         "",
         (
-            f"{len(rows)} faults were made to happen in a federation of real processes (three nodes,"
-            " mutual TLS, round log with all nodes as witnesses; masked sums with every node needed,"
-            " and open sums). After each, the run had to end with the very digests of the undisturbed"
-            " run, every survivor counted once, every node confirming the same model:"
+            f"{len(rows)} faults were made to happen in a federation of real processes (three"
+            " nodes, mutual TLS, round log with all nodes as witnesses; masked sums with every node"
+            " needed, and open sums). After each, the run had to end with the very digests of the"
+            " undisturbed run, every survivor counted once, every node confirming the same model:"
             f" **{same} of {len(rows)}** did. Last run {newest}, {total // 60} minutes on"
             f" {facts['cores']} cores that had other work as well."
         ),
         "",
         (
-            f"*Time to go on* is the longest seen (the longest of all: {max(times, default=0):.1f} s)."
-            " After a kill it counts from when the new process has imported its code to the first"
-            " thing it made durable for a round; after a trouble from its end to the next phase that"
-            " the coordinator recorded, where the round still needed one. `struck again` means that"
-            " the next kill came first."
+            f"*Time to go on* is the longest seen (the longest of all: {max(times, default=0):.1f}"
+            " s). After a kill it counts from when the new process has imported its code to the"
+            " first thing it made durable for a round; after a trouble from its end to the next"
+            " phase that the coordinator recorded, where the round still needed one. `no wait`:"
+            " the next kill came first, or the round was over before the trouble was."
         ),
         "",
     ]
@@ -170,9 +170,9 @@ def _points(rows: Iterable[dict[str, Any]]) -> list[str]:
         "",
         (
             "Found in the source by `tests/matrix/points.py`: a transaction, or a file that becomes"
-            " durable or gets its name. Each was visited by SIGKILL right before and right after it;"
-            " the numbers say how often, over both kinds of sum and both databases. A test fails when"
-            " the source has a point that is not here."
+            " durable or gets its name. Each was visited by SIGKILL right before and right after"
+            " it; the numbers say how often, over both kinds of sum and both databases. A test"
+            " fails when the source has a point that is not here."
         ),
         "",
     ]
@@ -194,7 +194,7 @@ def _points(rows: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _elsewhere(rows: Iterable[dict[str, Any]]) -> list[str]:
+def _elsewhere() -> list[str]:
     lines = [
         "### Not in a plain round",
         "",
