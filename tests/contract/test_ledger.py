@@ -327,6 +327,22 @@ def test_a_lease_has_one_holder_and_a_growing_fence(url):
     with_ledger(url, story)
 
 
+def test_a_lease_from_before_the_clock_was_set_back_counts_as_run_out(url):
+    """Its holder is dead and the clock was an hour ahead: nobody waits for that hour."""
+
+    async def story(ledger):
+        def take(holder, at):
+            return ledger.run("take", lambda tx: tx.take_lease("d", holder, at, TTL))
+
+        assert await take("a", START + timedelta(hours=1)) == 1
+        assert await take("b", START) == 2
+        assert (
+            await take("c", START - timedelta(seconds=30)) is None
+        )  # a clock that is nearly right
+
+    with_ledger(url, story)
+
+
 def test_sixteen_processes_take_a_lease_at_once_and_one_gets_it(url):
     async def story(ledger):
         for moment in (START, START + 2 * TTL):  # the first lease, and one that ran out

@@ -431,3 +431,45 @@ def test_nobody_there_is_unreachable(tmp_path):
 
     with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:9"):
         run(work())
+
+
+def test_the_next_coordinator_is_turned_to_when_one_does_not_answer(tmp_path):
+    async def work():
+        async with bulk_server(tmp_path) as served:
+            here = served.connection.address
+            connection = Connection(("127.0.0.1:9", here), served.keys.tls(), rng=rng())
+            try:
+                name = served.server.put(DATA)
+                await fetch(
+                    connection, name, tmp_path / "got"
+                )  # the first call fails, then it turns
+                turned = connection.address
+                connection.turn_from("127.0.0.1:9")  # a slower call finds out as well: stays
+                return turned == here == connection.address
+            finally:
+                await connection.close()
+
+    assert run(work())
+    assert (tmp_path / "got").read_bytes() == DATA
+
+
+def test_the_stream_of_cosignatures_goes_round_without_the_calls(tmp_path):
+    async def work():
+        async with bulk_server(tmp_path) as served:
+            identity = served.keys.tls()
+        both = Connection(("127.0.0.1:9", "127.0.0.1:10"), identity, rng=rng())
+        one = Connection("127.0.0.1:9", identity, rng=rng())
+        try:
+            calls, alone = both.channel, one.witness_channel
+            before = both.witness_channel
+            both.turn_witness()
+            one.turn_witness()
+            assert both.channel is calls
+            assert before is not calls
+            assert both.witness_channel is not before
+            assert one.witness_channel is alone is one.channel
+        finally:
+            await both.close()
+            await one.close()
+
+    run(work())

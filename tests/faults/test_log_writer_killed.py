@@ -225,3 +225,63 @@ def test_witnesses_that_know_no_more_let_it_go_on(tmp_path):
     asyncio.run(bench.play(world.entries, story))
     read = read_log(tmp_path / "log")
     assert len(read.opened.cosignatures) == 3
+
+
+def test_a_checkpoint_does_not_go_back_when_a_slow_writer_wakes_up(tmp_path):
+    world = World(witnesses=False).begin().round()
+    head = write_all(tmp_path, world)
+    files = LogFiles(tmp_path / "log")
+    newest = (tmp_path / "log/checkpoint").read_bytes()
+    early = Checkpoint(origin=ORIGIN, size=1, root=leaf_hash(world.entries[0]))
+
+    files.publish(sign_checkpoint(early, log_signer()).to_bytes(), 1)
+
+    assert (tmp_path / "log/checkpoint").read_bytes() == newest
+    assert files.published() == head
+
+
+def test_who_does_not_write_shows_what_was_published_and_takes_over(tmp_path):
+    """Two processes over one ledger: one leads, the other follows, then leads."""
+    world = World(witnesses=False).begin().round()
+    order = Sequencer(
+        key=key("coordinator"), origin=ORIGIN, seen=LogHub(log_signer().verifier).seen
+    )
+
+    async def play():
+        url = f"sqlite:///{tmp_path}/ledger.sqlite"
+        async with Ledger(url, clock=SystemClock(), sequencer=order) as ledger:
+            for entry in world.entries:
+                await ledger.run("leaf", lambda tx, entry=entry: tx.append_leaf(entry))
+            hubs = [LogHub(log_signer().verifier) for _ in range(2)]
+            tasks = []
+            for number, hub in enumerate(hubs):
+                writer = LogWriter(
+                    ledger=ledger,
+                    clock=SystemClock(),
+                    hub=hub,
+                    files=LogFiles(tmp_path / "log"),
+                    ratchet=Ratchet(tmp_path / f"ratchet-{number}"),
+                    signer=log_signer(),
+                )
+                tasks.append(asyncio.create_task(writer.run()))
+                await until(lambda: sum(hub.leads for hub in hubs) == 1)
+
+            await until(lambda: all(hub.witnessed is not None for hub in hubs))
+            await until(lambda: {hub.witnessed.size for hub in hubs} == {len(world.entries)})
+            assert hubs[0].prove(0) == hubs[1].prove(0)
+            assert [hub.leads for hub in hubs] == [True, False]
+            tasks[0].cancel()
+            await until(lambda: hubs[1].leads)
+            assert not tasks[1].done()
+            tasks[1].cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(play())
+
+
+async def until(what):
+    for _ in range(3000):
+        if what():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("in vain")
