@@ -203,6 +203,18 @@ class Connection:
             self._open_calls()
             self._close_later(old, TURNED_GRACE_S)
 
+    def dial_again(self, silent: grpc.aio.Channel) -> None:
+        """Make a new channel to the same place, if the one that did not answer is still in use.
+
+        A connection that a middlebox forgot looks open until a keepalive fails, minutes later.
+        """
+        if silent is self.channel:
+            alone = self.witness_channel is silent
+            self._open_calls()
+            if alone:
+                self._open_witness()
+            self._close_later(silent, TURNED_GRACE_S)
+
     def turn_witness(self) -> None:
         """Offer cosignatures to the next coordinator process: this one does not write the log."""
         if len(self.addresses) > 1:
@@ -236,13 +248,15 @@ class Connection:
         Raises:
             FederationError: as the coordinator said, or UnreachableError.
         """
-        address = self.address
+        address, channel = self.address, self.channel
         try:
             return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             known = rebuild_error(error, address)
             if isinstance(known, UnreachableError):
                 self.turn_from(address)
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    self.dial_again(channel)
             raise known from None
         except grpc.aio.UsageError:
             # The channel was replaced between reading the stub and calling it.

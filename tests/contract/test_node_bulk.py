@@ -473,3 +473,21 @@ def test_the_stream_of_cosignatures_goes_round_without_the_calls(tmp_path):
             await one.close()
 
     run(work())
+
+
+def test_a_connection_that_does_not_answer_in_time_is_dialled_again(tmp_path):
+    async def work():
+        async with bulk_server(tmp_path) as served:
+            connection = served.connection
+            silent, streams = connection.channel, connection.witness_channel
+            connection.dial_again(silent)
+            fresh = connection.channel
+            connection.dial_again(silent)  # another call on the old one timed out as well
+            assert streams is silent
+            assert connection.channel is fresh is connection.witness_channel
+            assert fresh is not silent
+            name = served.server.put(DATA)
+            await fetch(connection, name, tmp_path / "got")
+
+    run(work())
+    assert (tmp_path / "got").read_bytes() == DATA

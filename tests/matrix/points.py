@@ -15,6 +15,7 @@ A process can die right before it and right after it. A point that is added to t
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,7 @@ def part_of(name: str) -> Part:
     return "worker" if _WORKER.match(name) else "node"
 
 
+@functools.cache
 def commit_points(part: Part) -> frozenset[str]:
     """Every commit point of a part, as the source has it now."""
     package = "coordinator" if part == "coordinator" else "node_agent"
@@ -231,4 +233,9 @@ def reason_elsewhere(point: str) -> str:
     """Why the matrix does not visit a point; empty: it must."""
     if point in commit_points("worker"):
         return WORKER
-    return next((why for name, why in ELSEWHERE.items() if point.startswith(name)), "")
+    return next((why for name, why in ELSEWHERE.items() if names(name, point)), "")
+
+
+def names(entry: str, point: str) -> bool:
+    """Whether an entry is about a point: its whole name, or a part that ends with . or #."""
+    return point == entry or (entry.endswith((".", "#")) and point.startswith(entry))

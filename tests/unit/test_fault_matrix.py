@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.matrix.points import ELSEWHERE, _of_module, commit_points, reason_elsewhere
+from tests.matrix.points import ELSEWHERE, _of_module, commit_points, names, reason_elsewhere
 from tests.matrix.render import FACTS, PAGE, page, read_facts, rows_of
 
 pytestmark = pytest.mark.skipif(not FACTS.exists(), reason="`make faults` has not run yet")
@@ -28,7 +28,7 @@ def test_every_commit_point_is_visited_or_has_a_reason(part, visited):
 
 def test_no_reason_is_given_for_what_is_no_point_any_more():
     points = {point for part in PARTS for point in commit_points(part)}
-    stale = {name for name in ELSEWHERE if not any(each.startswith(name) for each in points)}
+    stale = {name for name in ELSEWHERE if not any(names(name, each) for each in points)}
     assert not stale
 
 
