@@ -202,6 +202,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "tx:release_lease": "a polite end; a kill there is a kill at any other time",
     "tx:renew": "once a month for each certificate; tests/contract/test_node_enrolment.py",
     "tx:report_cost": "only after real training; tests/faults/test_launcher_local.py",
+    "tx:enrol_person": "a person's certificate, asked for by hand; tests/contract",
     "tx:secure_abort": "a node that refuses a list; tests/attacks",
     "tx:secure_complaint": "a dealer that cheats; tests/attacks",
     "tx:statement": "what people sign by hand; tests/contract",
@@ -218,6 +219,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "file:node_agent.trust.": "what admins signed; tests/faults/test_governed_federation.py",
     "file:node_agent.witness.write_key#": "`node join`, run by hand; may be repeated",
     "sql:node_agent.journal.Journal.stop_run": "a node that stops for good; tests/attacks",
+    "sql:node_agent.log_store.LogStore.clear_alarms": "a person, by hand; tests/attacks",
     "sql:node_agent.log_store.LogStore.raise_alarm": "a coordinator that lies; tests/attacks",
     "sql:node_agent.privacy_ledger.PrivacyLedger.reserve": (
         "private plans; tests/faults/test_private_federation.py"
