@@ -119,7 +119,7 @@ def test_a_process_killed_inside_a_transaction_leaves_what_was_acknowledged(url,
         [sys.executable, "-c", CRASH, url, moment],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
