@@ -165,7 +165,8 @@ async def build(config: CoordinatorConfig, clock: Clock) -> Parts:
     layouts = Layouts(blobs)
     trust = open_trust(config, clock)
     if trust is not None and log is not None:
-        trust.announce = TrustLog(ledger, log.hub)
+        trust.announce = announce = TrustLog(ledger, log.hub)
+        trust.heard, trust.evaluated = announce.heard, announce.evaluated
     return Parts(
         config=config,
         clock=clock,
@@ -205,7 +206,14 @@ def main_server(parts: Parts) -> grpc.aio.Server:
         layouts=parts.layouts,
     )
     rounds_pb2_grpc.add_RoundsServicer_to_server(
-        RoundsService(callers=callers, ledger=ledger, clock=clock, caps=parts.config.caps), server
+        RoundsService(
+            callers=callers,
+            ledger=ledger,
+            clock=clock,
+            caps=parts.config.caps,
+            trust=parts.trust,
+        ),
+        server,
     )
     secure_sum_pb2_grpc.add_SecureSumServicer_to_server(
         SecureSumService(callers=callers, ledger=ledger, clock=clock), server
@@ -358,6 +366,7 @@ async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:
         clock=parts.clock,
         spool=config.spool,
         days=config.upload_retention_days,
+        policy=parts.trust.policy if parts.trust is not None else lambda: None,
     )
     try:
         for server in servers:

@@ -1,8 +1,8 @@
 """The coordinator's side of privacy: what a run costs, who may still afford it, what it came to.
 
-Its ledger decides nothing for a node: each node asks its own. Where the operator writes budgets
-(``[[privacy.budget]]`` in config.toml) a join beyond them is refused here too; otherwise spends are
-only written down.
+Its ledger decides nothing for a node: each node asks its own. A join beyond the budget of the
+signed policy, or beyond what the operator writes (``[[privacy.budget]]`` in config.toml), is
+refused here too: the tighter of the two counts. Without either, spends are only written down.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from functools import lru_cache
 from coordinator.ledger.privacy import SpendRow
 from coordinator.ledger.rows import RoundRow, RunRow
 from coordinator.ledger.tx import Tx
+from policies.consortium import ConsortiumPolicy
 from policies.privacy.budget import Allowance, Spend, SpendStatus, afford_allowance
-from policies.privacy.caps import Cap, cap_for
+from policies.privacy.caps import Cap, cap_for, consortium_cap
 from policies.privacy.claim import Claim
 from policies.privacy.sensitivity import Unit
 from protocols.errors import PlanRefusedError
@@ -27,9 +28,19 @@ from protocols.rounds import Aborted, Burned, Open, Phase, Released
 
 
 def reserve(
-    tx: Tx, run: RunRow, row: RoundRow, node: NodeId, caps: Sequence[Cap], now: datetime
+    tx: Tx,
+    run: RunRow,
+    row: RoundRow,
+    node: NodeId,
+    caps: Sequence[Cap],
+    now: datetime,
+    policy: ConsortiumPolicy | None = None,
 ) -> None:
     """Reserve what the round costs a node that joins it; in the transaction of the join.
+
+    Args:
+        caps: that the operator wrote.
+        policy: the signed one in force; None: the federation is not governed.
 
     Raises:
         PlanRefusedError: privacy.budget and the like: beyond the federation's cap.
@@ -40,13 +51,21 @@ def reserve(
     claim = tx.claim(run.run)
     if claim is None:
         raise PlanRefusedError(f"run {run.run} has no privacy claim", rule="privacy.no_claim")
-    cap = cap_for(caps, node, claim)
-    if cap is not None:
-        spent = [
-            spend.spend
-            for spend in tx.spends_of_data(node, claim.dataset)
-            if spend.round != row.round
-        ]
+    spent = [
+        spend.spend for spend in tx.spends_of_data(node, claim.dataset) if spend.round != row.round
+    ]
+    allowed = [cap_for(caps, node, claim)]
+    if policy is not None:
+        classes = plan.terms.data.classes if plan.terms is not None else ()
+        signed = consortium_cap(policy, node, claim, classes, now)
+        if signed is None:
+            raise PlanRefusedError(
+                f"{node}, {claim.dataset}: the policy gives it no budget", rule="privacy.budget"
+            )
+        allowed.append(signed)
+    for cap in allowed:
+        if cap is None:
+            continue
         answer = afford_allowance(
             cap, spent, claim.charge(), now=now, rounds=plan.rounds - row.index
         )

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from datetime import datetime
 from functools import partial
 from typing import Final
 
 from coordinator.ledger import Ledger, Tx
 from coordinator.log_hub import LogHub
+from coordinator.trust_acts import Act
 from coordinator.trust_repository import PublishedFile
 from policies.audit.replay import Replay
+from policies.releases import Reported
 from protocols.errors import NotReadyError
 from protocols.tlog.kinds import TufPublished
 
@@ -35,13 +38,21 @@ class TrustLog:
         self._hub = hub
         self._patience_s = patience_s
 
-    async def __call__(self, files: tuple[PublishedFile, ...]) -> None:
+    async def heard(self, name: str, at: datetime) -> bool:
+        """Whether the log shows that a member was heard by this time."""
+        return await self._ledger.read("heard", lambda tx: tx.log_state().heard(name, at))
+
+    async def evaluated(self) -> tuple[Reported, ...]:
+        """Every evaluation of a model that stands in the log."""
+        return await self._ledger.read("evaluated", lambda tx: tx.log_state().reports)
+
+    async def __call__(self, files: tuple[PublishedFile, ...], acts: tuple[Act, ...] = ()) -> None:
         """Log the files and return when a witnessed checkpoint holds them.
 
         Raises:
             NotReadyError: the witnesses have not cosigned it in time, or another process leads.
         """
-        await self._ledger.run("publish_trust", lambda tx: say_published(tx, files))
+        await self._ledger.run("publish_trust", lambda tx: say_published(tx, files, acts))
         size = await self._ledger.read("log_size", Tx.log_size)
         loop = asyncio.get_running_loop()
         until = loop.time() + self._patience_s
@@ -57,9 +68,12 @@ class TrustLog:
             await self._hub.changed(min(1.0, left))
 
 
-def say_published(tx: Tx, files: Iterable[PublishedFile]) -> None:
-    """One ``tuf.published`` leaf for each file that has none yet."""
+def say_published(tx: Tx, files: Iterable[PublishedFile], acts: Iterable[Act] = ()) -> None:
+    """One ``tuf.published`` leaf for each file that has none yet, behind what is said of it."""
     known = tx.log_state().published
+    for act in acts:
+        if act.file not in known:
+            tx.append_own(act.said, subject=act.subject, digest=act.digest)
     for file in files:
         if file.sha256 in known.get((file.role, file.version), frozenset()):
             continue

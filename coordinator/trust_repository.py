@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -28,9 +28,15 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, Snapshot, Timestamp
 
 from coordinator.clock import Clock
+from coordinator.trust_acts import Act, acts_of
 from policies.audit.speakers import speakers_of
+from policies.bodies import check_hearings, expelled_between
+from policies.consortium import ConsortiumPolicy
+from policies.deciding import check_successor, policy_of
+from policies.effect import PolicyHistory, read_history, read_times, times_to_text
 from policies.offices import count_in_office
-from policies.trust import Change, check_successor
+from policies.releases import Reported, check_released
+from policies.trust import Change
 from protocols.crypto.signatures import public_bytes
 from protocols.errors import ConfigurationError, FederationError, NotFoundError
 from protocols.governance import roles
@@ -56,6 +62,7 @@ from protocols.tlog.kinds import Speakers
 
 logger = logging.getLogger(__name__)
 ONLINE_KEY: Final = "trust-online.key"
+TIMES: Final = "policy-times"  # when each version of role policy was logged, for a restart
 _NAME: Final = re.compile(r"(metadata|targets(/[A-Za-z0-9_-]+){1,3})/[A-Za-z0-9][A-Za-z0-9._-]*")
 _LOOK_S: Final = 60.0  # between two looks at what expires
 MAX_PUBLISHED: Final = 5 * 2**20  # bytes brought at once
@@ -75,11 +82,13 @@ class PublishedFile:
 class Announce(Protocol):
     """Put files into the log, and return when a witnessed checkpoint holds them."""
 
-    def __call__(self, files: tuple[PublishedFile, ...]) -> Awaitable[None]:
-        """Append one ``tuf.published`` leaf for each; again is harmless."""
+    def __call__(
+        self, files: tuple[PublishedFile, ...], acts: tuple[Act, ...] = ()
+    ) -> Awaitable[None]:
+        """Append what is said of them, then one ``tuf.published`` leaf each; again is harmless."""
 
 
-async def _not_logged(files: tuple[PublishedFile, ...]) -> None:
+async def _not_logged(files: tuple[PublishedFile, ...], acts: tuple[Act, ...] = ()) -> None:
     """Without a round log there is nothing to wait for."""
 
 
@@ -113,8 +122,13 @@ class TrustRepository:
         self._clock = clock
         self.required = required
         self.announce = announce
+        # What the log shows of hearings and evaluations; None: there is no log that could.
+        self.heard: Callable[[str, datetime], Awaitable[bool]] | None = None
+        self.evaluated: Callable[[], Awaitable[tuple[Reported, ...]]] | None = None
         self._files: dict[str, bytes] = {}  # as they are served
         self._state: TrustState | None = None
+        self._history: PolicyHistory | None = None
+        self._times: dict[int, datetime] = {}
         self._stamp: tuple[int, int] = (0, 0)  # of timestamp.json, as it was read
         self._publishing = asyncio.Lock()
         self._listeners: list[Callable[[TrustState], None]] = []
@@ -148,7 +162,17 @@ class TrustRepository:
             for name, data in served.items()
             if _version_of(name)[1] <= state.versions.get(_version_of(name)[0], 0)
         }
+        self._times = read_times(files.get(TIMES, b"")) | self._times
         self._take(public, state, (stat.st_mtime_ns, stat.st_ino))
+
+    def _logged_at(self, role: str, version: int) -> datetime:
+        """When a version was logged; of one from before times were kept, when its file came."""
+        known = self._times.get(version)
+        if known is None:
+            path = self._folder / "metadata" / f"{version}.{role}.json"
+            known = datetime.fromtimestamp(int(path.stat().st_mtime), UTC)
+            self._times[version] = known
+        return known
 
     def _without_later(self, files: dict[str, bytes]) -> dict[str, bytes]:
         """Roots beyond the served one are left out: ``served-root`` says how far they count."""
@@ -166,6 +190,8 @@ class TrustRepository:
 
     def _take(self, files: dict[str, bytes], state: TrustState, stamp: tuple[int, int]) -> None:
         self._files, self._state, self._stamp = files, state, stamp
+        if self._history is None or self._history.read_until != state.versions[roles.POLICY]:
+            self._history = read_history(MemoryFiles(files), state, self._logged_at)
         for listener in self._listeners:
             listener(state)
 
@@ -210,6 +236,10 @@ class TrustRepository:
     def active_members(self) -> tuple[str, ...] | None:
         """Active members by the newest signed list, also past its time; None: there is none."""
         return self._state.members.active() if self._state is not None else None
+
+    def policy(self) -> ConsortiumPolicy | None:
+        """The policy that counts now: a newer one waits for its delay. None: not founded."""
+        return self._history.in_force(self._clock.now()) if self._history is not None else None
 
     def first_root(self) -> bytes | None:
         """The root that invitations name; None: not founded."""
@@ -274,11 +304,26 @@ class TrustRepository:
                 rule="trust.shape",
             )
         after = count_in_office(before, after, now)
-        changes = check_successor(before, after)
-        await self._bring_out(files, online, merged, after)
+        changes = check_successor(before, after, in_force=self.policy())
+        await self._check_hearings(before, after, now)
+        reports = await self.evaluated() if self.evaluated is not None else ()
+        counts = self.policy() or policy_of(after)
+        check_released(before, after, reports, counts)
+        acts = acts_of(before, after, changes, reports=reports, policy=counts)
+        await self._bring_out(files, online, merged, after, acts)
         for change in changes:
             logger.info("in force: %s", change.words)
         return changes
+
+    async def _check_hearings(
+        self, before: TrustState | None, after: TrustState, now: datetime
+    ) -> None:
+        """Nobody is expelled unheard, where there is a log that shows it."""
+        if self.heard is None or before is None:
+            return
+        names = expelled_between(before.members, after.members)
+        known = {name: await self.heard(name, now) for name in names}
+        check_hearings(before.members, after.members, lambda name, _: known[name], now)
 
     def _check_online(self, files: Mapping[str, bytes]) -> None:
         """A root that would take the online roles away from this coordinator is not for it."""
@@ -377,16 +422,17 @@ class TrustRepository:
         online: dict[str, bytes],
         merged: dict[str, bytes],
         after: TrustState,
+        acts: tuple[Act, ...] = (),
     ) -> None:
         """Files, leaves, checkpoint, and only then the name under which nodes ask."""
         current = online["metadata/timestamp.json"]
         versioned = {n: d for n, d in online.items() if n != "metadata/timestamp.json"}
         await asyncio.to_thread(self._write, {**files, **versioned})
-        await self.announce(_published({**files, **versioned}, speakers_of(after)))
+        await self.announce(_published({**files, **versioned}, speakers_of(after)), acts)
         root = str(after.root_version).encode()
-        await asyncio.to_thread(
-            self._write, {"served-root": root, "metadata/timestamp.json": current}
-        )
+        self._times.setdefault(after.versions[roles.POLICY], self._clock.now())
+        kept = {"served-root": root, TIMES: times_to_text(self._times)}
+        await asyncio.to_thread(self._write, {**kept, "metadata/timestamp.json": current})
         stat = (self._folder / "metadata" / "timestamp.json").stat()
         self._take(merged, after, (stat.st_mtime_ns, stat.st_ino))
 

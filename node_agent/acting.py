@@ -51,7 +51,7 @@ from node_agent.launchers.jobs import Launcher
 from node_agent.log_store import OwnLeaf
 from node_agent.plan_check import check_plan
 from node_agent.records import ConfirmRecord, RoundRecord, UploadRecord
-from node_agent.resources import as_leaf, as_message, claim_of, read_claim
+from node_agent.resources import as_leaf, as_message, claim_of, read_claim, used_here
 from node_agent.rules import Refusal
 from node_agent.secure import SecureSum, dither_seed
 from node_agent.site import Site
@@ -436,6 +436,8 @@ class Actor:
             "norm": result.delta_norm,
             "update": result.root,
         }
+        if result.spent is not None:  # for the site's own caps; not said to anybody
+            facts["used"] = used_here(result.spent, self.site.config.resources).to_facts()
         claim = claim_of(result.spent, self.site.config.resources, plan)
         if claim is not None:
             facts["resources"] = claim.to_facts()

@@ -10,35 +10,34 @@ Reads files, journal and privacy ledger and changes nothing; decides by ``node_a
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Final
 
 from node_agent.code_digest import installed_code
 from node_agent.config import NodeFolder
 from node_agent.governed import (
-    InForce,
     Situated,
     approval_missing,
     decide_governed,
     decide_site_alone,
-    in_force_from_state,
     read_approval,
     refusal_of,
 )
 from node_agent.privacy import allowance_for
+from node_agent.resources import counted, read_claim
 from node_agent.rules import Refusal
 from node_agent.site import Site
 from node_agent.site_policy import SiteRules, load_site_rules
 from node_agent.view import RunSeen
-from policies.document import MAX_NUMBER
-from policies.privacy.accounting import account_renyi
+from policies.consortium import ConsortiumPolicy
+from policies.in_force import InForce, in_force_from_state
 from policies.privacy.claim import claim_of
+from policies.privacy.micro import cost_of_one, micro
 from policies.privacy.sensitivity import Unit
 from protocols.errors import ConfigurationError, FederationError
-from protocols.identifiers import Digest, RunId
+from protocols.identifiers import Digest, RoundId, RunId
 from protocols.plan import Plan
 from protocols.plan_terms import Limits
 from protocols.round_vector import round_layout
@@ -90,13 +89,10 @@ class Governance:
             return Refusal("site.policy", str(error))
         if trust is None:
             return refusal_of(decide_site_alone(plan, rules, now))
-        state = trust.state
-        if state is None:
+        state, policy = trust.state, trust.policy(now)
+        if state is None or policy is None:
             return Refusal("trust.bootstrap", "nothing is in force that this node could verify")
-        try:
-            in_force = in_force_from_state(state, now)
-        except FederationError as error:
-            return Refusal("policy.unreadable", str(error))
+        in_force = in_force_from_state(state, policy, now)
         at = self._situated(plan, seen, runs, in_force, now, index)
         return refusal_of(decide_governed(plan, self.site.config, in_force, rules, at))
 
@@ -136,13 +132,14 @@ class Governance:
         journal = self.site.journal
         joins = journal.joins(now - _DAY)
         mine = [at for run, _, at in joins if run == plan.run]
-        costs = self._cost(plan, index)
+        costs = self._cost(plan, index, in_force.policy)
         builtin = plan.local_step.kind == "builtin"
         return Situated(
             now=now,
             # Whoever asks has been let past the log's own gate, or has switched it off.
             log_witnessed=True,
             witness_quorum=self._demanded(in_force),
+            auditors=self._auditors(in_force),
             other_runs=sum(self._at_work(other) for other in runs if other.run != seen.run),
             last_round_at=max(mine, default=None),
             joined_today=tuple(self._limits(joins)),
@@ -157,6 +154,13 @@ class Governance:
         log = self.site.log
         return in_force.policy.log.witness.quorum if log is None else log.verifier.demanded()
 
+    def _auditors(self, in_force: InForce) -> int:
+        """Witnesses beside the members that must cosign; likewise."""
+        log = self.site.log
+        if log is None:
+            return int(in_force.policy.log.witness.auditor_required)
+        return log.verifier.auditors()
+
     def _at_work(self, seen: RunSeen) -> bool:
         current = seen.current
         if seen.status != "active" or current is None or current.raw_phase.name in _OVER:
@@ -165,13 +169,20 @@ class Governance:
         return record is not None and record.joined
 
     def _limits(self, joins: Iterable[tuple[RunId, int, datetime]]) -> Iterable[Limits]:
-        for run, _, _ in joins:
-            known = self.site.journal.run(run)
+        """What each round of the last day counts: what it used, or what its plan may use."""
+        journal = self.site.journal
+        for run, number, _ in joins:
+            known = journal.run(run)
             if known is not None and known.plan.terms is not None:
-                yield known.plan.terms.limits
+                used = read_claim(journal.said_ready_with(RoundId(run, number)), "used")
+                yield counted(known.plan.terms.limits, used)
 
-    def _cost(self, plan: Plan, index: int) -> Costs:
-        """What a round of the plan costs, by the model's size and this node's own ledger."""
+    def _cost(self, plan: Plan, index: int, policy: ConsortiumPolicy) -> Costs:
+        """What a round of the plan costs, by the model's size and this node's own ledger.
+
+        What the budget has spent with it is counted over the longer of the site's period and the
+        consortium's: a site that begins anew every month does not begin anew for the consortium.
+        """
         if plan.privacy is None or not plan.trains_in(index):
             return Costs(0, 0) if plan.privacy is not None else Costs()
         path = self.site.models.manifest_path(plan.run_id)
@@ -188,7 +199,11 @@ class Governance:
             if claim is None or allowance is None:
                 return Costs()
             delta = float(plan.privacy.delta_exact)
-            alone = micro(account_renyi([claim.charge()], delta=delta).epsilon)
+            alone = cost_of_one(claim, delta=delta)
+            if allowance.starts_at is not None:
+                days = policy.privacy.budgets.longest_days(self.site.config.institution)
+                since = self.site.now() - timedelta(days=days)
+                allowance = replace(allowance, starts_at=min(allowance.starts_at, since))
             after = self.site.privacy.ledger.affords(claim, allowance).after
         except (FederationError, OSError) as error:
             logger.warning("%s: the cost of a round is unknown: %s", plan.run, error)
@@ -201,10 +216,3 @@ class Governance:
 def has_policy(folder: NodeFolder) -> bool:
     """Whether the site wrote a policy at all; half of one is a broken one."""
     return folder.policy.exists() or folder.rules.exists()
-
-
-def micro(epsilon: float) -> int:
-    """Millionths, rounded up; what is not finite is beyond every bound."""
-    if not math.isfinite(epsilon) or epsilon * 1e6 > MAX_NUMBER:
-        return MAX_NUMBER + 1
-    return max(0, math.ceil(epsilon * 1e6))

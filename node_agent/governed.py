@@ -14,7 +14,6 @@ out is refused: a missing policy, a broken file, a cost that nobody computed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,35 +24,23 @@ from node_agent.rules import Refusal
 from node_agent.site_policy import SiteRules
 from node_agent.spool import atomic_write
 from policies.cedar.join import JoinFacts, decide_join
-from policies.consortium import ConsortiumPolicy
 from policies.decision import Allowed, Decision, Refused, Why, all_of, from_whys, refused
-from policies.overrides import OVERRIDE_PREFIX, Override, overridden_rules
-from policies.plan_terms import Facts, Member, check_dataset, check_terms
+from policies.in_force import InForce
+from policies.overrides import overridden_rules
+from policies.plan_terms import Facts, check_dataset, check_terms
+from policies.privacy.micro import accountant_version
 from policies.site import Dataset, check_hours
 from policies.site_check import SiteState, check_site_policy
 from protocols.canonical import parse_json
-from protocols.errors import MalformedMessageError, NotFoundError
-from protocols.governance.documents import Emergency, Members, member_refusal
-from protocols.governance.repository import TrustState
+from protocols.errors import MalformedMessageError
 from protocols.identifiers import Digest, RunId
 from protocols.plan import Plan
 from protocols.plan_terms import Limits
 
-POLICY_TARGET: Final = "policy/consortium.json"
 APPROVAL: Final = "site.approval"
 # Rules that need to know what a round costs; asked again once the model's size is known.
 COST_RULES: Final = frozenset({"privacy.round", "site.epsilon"})
 _MAX_APPROVAL: Final = 4096  # bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InForce:
-    """What the consortium signed."""
-
-    policy: ConsortiumPolicy
-    members: Mapping[str, Member]
-    overrides: Sequence[tuple[Override, frozenset[str]]] = ()  # with who signed: institutions
-    denied_code: frozenset[str] = frozenset()  # by emergencies: hex digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +50,7 @@ class Situated:
     now: datetime  # UTC
     log_witnessed: bool  # the gate of the log let the plan pass, or the site switched it off
     witness_quorum: int | None  # cosignatures that this node demands
+    auditors: int | None = None  # of them by witnesses that are no members
     other_runs: int = 0
     last_round_at: datetime | None = None  # UTC
     joined_today: tuple[Limits, ...] = ()
@@ -70,57 +58,6 @@ class Situated:
     eps_after_micro: int | None = None  # of the budget, with this round
     cost_pending: bool = False  # the size is not known yet: cost is asked again before the join
     installed_code: Digest | None = None  # of the program that would train; None: not looked at
-
-
-# -- what the consortium signed --------------------------------------------------------------------
-
-
-def in_force_from_state(state: TrustState, now: datetime) -> InForce:
-    """What a verified trust repository says: its policy, members, overrides and emergencies.
-
-    Raises:
-        MalformedMessageError: the policy document cannot be read by this version.
-        NotFoundError: there is no policy.
-    """
-    data = state.documents.get(POLICY_TARGET)
-    if data is None:
-        raise NotFoundError("the trust repository holds no consortium policy")
-    signers = frozenset(str(who.institution) for who in state.quorums["policy"].signed)
-    overrides = [
-        (override, signers)
-        for path, text in sorted(state.documents.items())
-        if path.startswith(OVERRIDE_PREFIX) and (override := _override(text)) is not None
-    ]
-    return InForce(
-        policy=ConsortiumPolicy.from_bytes(data),
-        members=members_of(state.members, state.emergencies, now),
-        overrides=overrides,
-        denied_code=frozenset(
-            image
-            for notice in state.emergencies.values()
-            if notice.in_force(now)
-            for image in notice.deny.code
-        ),
-    )
-
-
-def _override(data: bytes) -> Override | None:
-    try:
-        return Override.from_bytes(data)
-    except MalformedMessageError:
-        return None  # what cannot be read allows nothing
-
-
-def members_of(
-    members: Members, emergencies: Mapping[str, Emergency], now: datetime
-) -> dict[str, Member]:
-    """Country and status of each institution; a member that an emergency denies is not active."""
-    found: dict[str, Member] = {}
-    for item in members.institutions:
-        refused_ = member_refusal(members, emergencies, item.id, now)
-        status = item.status if item.status != "active" or refused_ is None else "suspended"
-        found[item.id] = Member(country=item.country, status=status)
-    return found
 
 
 # -- the decision ----------------------------------------------------------------------------------
@@ -136,6 +73,8 @@ def decide_governed(
         members=in_force.members,
         eps_round_micro=at.eps_round_micro,
         witness_quorum=at.witness_quorum,
+        auditors=at.auditors,
+        accountant=accountant_version(),
         other_runs=at.other_runs,
         last_round_at=at.last_round_at,
         overridden=overridden_rules(in_force.overrides, policy, plan=plan.digest, now=at.now),

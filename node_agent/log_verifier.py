@@ -242,6 +242,11 @@ class LogVerifier:
         policy = self._policy_in_force() or self._policy_of(self._replay)
         return policy.least_cosigners()
 
+    def auditors(self) -> int:
+        """How many of them are no members: the log names them in its first leaf."""
+        genesis = self._replay.genesis
+        return len(genesis.witnesses) if genesis is not None else 0
+
     def _policy_in_force(self) -> TrustPolicy | None:
         """By the witnesses of the last accepted checkpoint; None: none was accepted."""
         if self._witnesses is None:

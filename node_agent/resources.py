@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from node_agent.spool import Spent
 from protocols.gen import accounting_pb2
 from protocols.plan import Plan
+from protocols.plan_terms import Limits
 from protocols.tensors.metrics import METRIC_BOUND, RESOURCE_METRICS
 from protocols.tlog.kinds import ResourcesUsed
 
@@ -79,6 +80,11 @@ def claim_of(spent: Spent | None, config: ResourcesConfig, plan: Plan) -> Claim 
         return None
     if plan.privacy is not None and not config.private:
         return None
+    return used_here(spent, config)
+
+
+def used_here(spent: Spent, config: ResourcesConfig) -> Claim:
+    """What a local step used, for the site's own caps; nobody else is told of it by this."""
     if spent.energy_joules is not None and spent.gpu_seconds > 0:
         source: Source = "measured"
         joules = spent.energy_joules
@@ -98,12 +104,15 @@ def _whole(value: float) -> int:
     return int(min(max(0, round(value)), METRIC_BOUND - 1))
 
 
-def read_claim(detail: Mapping[str, Any]) -> Claim | None:
+def read_claim(detail: Mapping[str, Any], name: str = "resources") -> Claim | None:
     """The claim in the journal's detail of an outcome; None: there is none.
 
     The journal is this node's own: what does not fit is of another version, and left out.
+
+    Args:
+        name: ``resources``: what is said to others; ``used``: what the site's caps count.
     """
-    facts = detail.get("resources")
+    facts = detail.get(name)
     if not isinstance(facts, dict):
         return None
     try:
@@ -114,6 +123,19 @@ def read_claim(detail: Mapping[str, Any]) -> Claim | None:
     if source not in ("measured", "estimated", "none"):
         return None
     return Claim(gpu_ms=gpu, cpu_ms=cpu, energy_mwh=energy, source=source)
+
+
+def counted(limits: Limits, used: Claim | None) -> Limits:
+    """What a round counts against the site's day: what it used, once that is known.
+
+    Until then, and for energy that nobody measured or estimated, what its plan may use at most.
+    """
+    if used is None:
+        return limits
+    known: dict[str, int] = {"gpu_minutes_node": -(-used.gpu_ms // 60_000)}
+    if used.source != "none":
+        known["energy_wh_node"] = -(-used.energy_mwh // 1000)
+    return limits.model_copy(update=known)
 
 
 def coordinates(claim: Claim | None) -> dict[str, int]:

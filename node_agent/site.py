@@ -165,6 +165,8 @@ def open_trust(
         now=utc_now,
         monotonic=time.monotonic,
         logged=None if log is None else partial(_published, log),
+        heard=None if log is None else partial(_heard, log),
+        logged_at=None if log is None else partial(_published_at, log),
         on_change=lambda changes: journal.note(
             "in force", {"reason": "; ".join(change.words for change in changes)[:2000]}
         ),
@@ -174,6 +176,16 @@ def open_trust(
 def _published(log: NodeLog, role: str, version: int) -> frozenset[Digest]:
     """What the witnessed log has for a version of a role of the trust repository."""
     return log.verifier.log.published.get((role, version), frozenset())
+
+
+def _heard(log: NodeLog, name: str, at: datetime) -> bool:
+    """Whether the witnessed log shows that a member was heard by then."""
+    return log.verifier.log.heard(name, at)
+
+
+def _published_at(log: NodeLog, role: str, version: int) -> datetime | None:
+    """When it came into the witnessed log, by its leaf."""
+    return log.verifier.log.published_at.get((role, version))
 
 
 def open_site(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Site:

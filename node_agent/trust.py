@@ -8,8 +8,9 @@ The coordinator only carries the files. A refresh
 
 1. runs ``tuf.ngclient.Updater`` from the root of the invitation (rollback, freeze, expiry),
 2. verifies the whole repository (distinct keys, institutions, countries; people; shape),
-3. counts the signatures that each change since the last accepted state needed,
-4. and, where there is a round log, finds each file in it, and no other digest for its version.
+3. reads every policy since the founding, and when each came into the log: a new one waits,
+4. counts the signatures that each change since the last accepted state needed,
+5. and, where there is a round log, finds each file in it, and no other digest for its version.
 
 Only then is the new state taken; until then the old one stays, and expires in its time. Rights are
 asked for with ``refusal_for``: no state means no.
@@ -24,7 +25,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -40,7 +41,16 @@ from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 from node_agent.client import Connection
 from node_agent.rules import Refusal
 from node_agent.spool import atomic_write
-from policies.trust import Change, check_steps, policy_of
+from policies.bodies import Heard, check_hearings
+from policies.consortium import ConsortiumPolicy
+from policies.deciding import (
+    check_known_approvers,
+    check_old_policy,
+    check_steps,
+    policy_of,
+)
+from policies.effect import At, PolicyHistory, read_history, read_times, times_to_text
+from policies.trust import Change
 from protocols.errors import (
     FederationError,
     IntegrityError,
@@ -71,6 +81,11 @@ REFRESH_S: Final = 30.0  # between two refreshes that nobody asked for
 _PROBES: Final = {role: f"{roles.PATHS[role][0].removesuffix('*')}-" for role in roles.NEEDED}
 # All digests that the witnessed log has for a role and version of the repository.
 Logged = Callable[[str, int], frozenset[Digest]]
+# When a role and version came into the log, as its leaf says, UTC; None: it is not there.
+LoggedAt = Callable[[str, int], datetime | None]
+TIMES: Final = "policy-times"
+_LAG: Final = timedelta(minutes=10)  # by which this node's view of the log may be behind
+_AGES_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 class GrpcFetcher(FetcherInterface):
@@ -141,9 +156,12 @@ class Trust:
     now: Callable[[], datetime]
     monotonic: Callable[[], float]
     logged: Logged | None = None  # None: this node keeps no round log
+    logged_at: LoggedAt | None = None
+    heard: Heard | None = None  # what the log shows of hearings
     on_change: Callable[[list[Change]], None] = lambda _: None
     _state: TrustState | None = None
     _signed: frozenset[str] | None = None  # active members, as signed; of the log or not
+    _history: PolicyHistory | None = None
     _approvals: Mapping[str, bytes] = field(default_factory=dict)
     _trouble: TrustRefusedError | FederationError | None = None
     _tried: float | None = None  # monotonic seconds when the last answered refresh began
@@ -177,7 +195,7 @@ class Trust:
             return data
 
         try:
-            state, changes = await asyncio.to_thread(self._update, ask)
+            state, history, changes = await asyncio.to_thread(self._update, ask)
             answer = await self.connection.ask(
                 lambda c: c.trust.Approvals, trust_pb2.ApprovalsRequest(), attempts=2
             )
@@ -185,7 +203,8 @@ class Trust:
             if not isinstance(error, NotReadyError):
                 self._trouble, self._tried = error, began
             raise
-        self._state, self._approvals = state, dict(answer.approvals)
+        self._state, self._history = state, history
+        self._approvals = dict(answer.approvals)
         self._trouble, self._tried = None, began
         if changes:
             for change in changes:
@@ -193,8 +212,10 @@ class Trust:
             self.on_change(changes)
         return state
 
-    def _update(self, ask: Callable[[str], bytes]) -> tuple[TrustState, list[Change]]:
-        """Blocking: steps 1 to 4."""
+    def _update(
+        self, ask: Callable[[str], bytes]
+    ) -> tuple[TrustState, PolicyHistory, list[Change]]:
+        """Blocking: steps 1 to 5."""
         with self._busy:
             before = self._before()
             self._run_client(ask)
@@ -206,15 +227,72 @@ class Trust:
                 raise TrustRefusedError(
                     f"the repository is of federation {state.federation}", rule="trust.shape"
                 )
+            history = self._read_policies(files, before, state)
             changes: list[Change] = []
             if before is None:
-                policy_of(state)
+                check_known_approvers(policy_of(state), state, files)
             elif before.versions != state.versions:
-                changes = check_steps(before, state, files)
+                at = self._at(before, {})
+                changes = check_steps(before, state, files, history=history, at=at, now=self.now())
             self._signed = frozenset(state.members.active())
             self._check_log(state)
+            if before is not None and self.heard is not None:
+                published = self._at(before, {})(
+                    roles.MEMBERSHIP, state.versions[roles.MEMBERSHIP]
+                )
+                check_hearings(before.members, state.members, self.heard, published)
             self._keep(state)
-            return state, changes
+            return state, history, changes
+
+    def _read_policies(
+        self, files: _Cached, before: TrustState | None, state: TrustState
+    ) -> PolicyHistory:
+        """Every policy since the founding, and when each came into the log.
+
+        An older file counts if the log has it, or, without a log, if a threshold signed it.
+        """
+        if self._history is not None and self._history.read_until == state.versions[roles.POLICY]:
+            return self._history
+
+        def check(version: int, data: bytes) -> None:
+            known = self.logged(roles.POLICY, version) if self.logged is not None else frozenset()
+            if known and known != {sha256_of(data)}:
+                raise TrustRefusedError(
+                    f"the log has another file for policy {version}: keep both", rule="trust.log"
+                )
+            check_old_policy(version, data, state, files)
+
+        place = self.folder / TIMES
+        times = read_times(_read(place) or b"")
+        at = self._at(before, times)
+        history = read_history(files, state, at, known=self._history, check=check)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(place, times_to_text(times))
+        return history
+
+    def _at(self, before: TrustState | None, times: dict[int, datetime]) -> At:
+        """When files came into the log, as this node has it.
+
+        A leaf says so itself. This node adds what it knows: a version that was not there when it
+        last looked cannot be older than that, whatever the leaf says. Without a log it is the time
+        at which this node first saw it; what it found at its first contact counts as old.
+        """
+        looked = _seen_at(self.folder)
+
+        def at(role: str, version: int) -> datetime:
+            if role == roles.POLICY and version in times:
+                return times[version]
+            new = before is not None and version > before.versions.get(role, 0)
+            said = self.logged_at(role, version) if self.logged_at is not None else None
+            if said is None:
+                found = self.now().replace(microsecond=0) if new else _AGES_AGO
+            else:
+                found = max(said, looked - _LAG) if new and looked is not None else said
+            if role == roles.POLICY and (said is not None or self.logged_at is None):
+                times[version] = found  # else the log that this node has seen is only behind
+            return found
+
+        return at
 
     def _run_client(self, ask: Callable[[str], bytes]) -> None:
         (self.folder / "metadata").mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -263,7 +341,10 @@ class Trust:
             place.parent.mkdir(parents=True, exist_ok=True)
             if not place.exists():
                 atomic_write(place, data)
-        atomic_write(self.folder / "accepted", f"{state.versions['timestamp']}\n".encode())
+        atomic_write(
+            self.folder / "accepted",
+            f"{state.versions['timestamp']}\n{int(self.now().timestamp())}\n".encode(),
+        )
 
     def _check_log(self, state: TrustState) -> None:
         """Every file is in the witnessed log, and no other one of its version.
@@ -302,6 +383,10 @@ class Trust:
             return in_force(self._state, self.now())
         except TrustRefusedError:
             return None
+
+    def policy(self, now: datetime) -> ConsortiumPolicy | None:
+        """The policy that counts at this time; None: nothing that this node could verify."""
+        return self._history.in_force(now) if self._history is not None else None
 
     @property
     def trouble(self) -> FederationError | None:
@@ -436,6 +521,15 @@ def read_accepted(folder: Path, bootstrap: bytes, now: datetime) -> TrustState |
     return verify_repository(
         _Accepted(_Cached(folder, None), folder), trusted_root=bootstrap, now=now, offline=True
     )
+
+
+def _seen_at(folder: Path) -> datetime | None:
+    """When this node last accepted what was in force, UTC."""
+    lines = (_read(folder / "accepted") or b"").decode("ascii", "replace").split()
+    try:
+        return datetime.fromtimestamp(int(lines[1]), UTC)
+    except (IndexError, ValueError, OverflowError, OSError):
+        return None
 
 
 def _version(data: bytes | None) -> int:

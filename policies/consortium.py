@@ -9,7 +9,8 @@ many admins must sign that: ``policies.changes``. Normative text: protocols/spec
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from collections.abc import Iterable
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
@@ -39,6 +40,7 @@ from policies.document import (
     Words,
     minute_of_day,
     parse_utc,
+    period_days,
     read_document,
     read_section,
 )
@@ -267,13 +269,28 @@ class Budgets(Section):
             raise ValueError("privacy.budgets.overrides: one institution and class stands twice")
         return self
 
-    def epsilon_micro(self, institution: str, dataset_class: str) -> int:
-        """Millionths of epsilon: the most specific entry; the default where there is none."""
+    def entry(self, institution: str, dataset_class: str) -> Budget | BudgetOverride:
+        """The most specific budget; the default where there is none."""
         for who in (institution, EVERYBODY):
             for item in self.overrides:
                 if (item.institution, item.dataset_class) == (who, dataset_class):
-                    return item.eps_total_micro
-        return self.default.eps_total_micro
+                    return item
+        return self.default
+
+    def epsilon_micro(self, institution: str, dataset_class: str) -> int:
+        """Millionths of epsilon: the most specific entry; the default where there is none."""
+        return self.entry(institution, dataset_class).eps_total_micro
+
+    def largest(self, institution: str, classes: Iterable[str]) -> Budget | BudgetOverride:
+        """The largest budget among classes of data, where it is not known which one it is."""
+        entries = [self.entry(institution, name) for name in classes] or [self.default]
+        return max(entries, key=lambda entry: entry.eps_total_micro)
+
+    def longest_days(self, institution: str) -> int:
+        """Days of the longest period of any budget of an institution."""
+        mine = [item for item in self.overrides if item.institution in (institution, EVERYBODY)]
+        periods = [self.default.period, *(item.period for item in mine)]
+        return max(period_days(period) for period in periods)
 
 
 class PrivacyRule(Section):
@@ -577,11 +594,6 @@ class ConsortiumPolicy(Section):
         if now >= parse_utc(self.expires):
             whys.append(Why("policy.expired", f"the policy expired at {self.expires}"))
         return from_whys(whys)
-
-    def takes_effect(self, published_at: datetime) -> datetime:
-        """When a policy published at this time takes effect, if it is not the first (UTC)."""
-        delay = timedelta(hours=self.governance.policy_delay_hours)
-        return max(parse_utc(self.valid_from), published_at + delay)
 
 
 def never_overridable(policy: ConsortiumPolicy) -> frozenset[str]:

@@ -39,6 +39,11 @@ def _utc(text: str) -> str:
     return text
 
 
+def period_days(text: str) -> int:
+    """``P1Y``, ``P3M``, ``P90D`` in days, rounded up: a longer period is the stricter one."""
+    return int(text[1:-1]) * {"D": 1, "M": 31, "Y": 366}[text[-1]]
+
+
 def minute_of_day(text: str) -> int:
     """``20:30`` as minutes after midnight, ``24:00`` as 1440; ``ValueError`` for anything else."""
     if not _CLOCK.fullmatch(text):

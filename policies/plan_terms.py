@@ -15,7 +15,7 @@ join.base join.code
 data.licence .use .personal
 residency  jurisdictions.blocked .transfer
 resources.gpu .energy .cost .bandwidth
-log.witnesses
+log.witnesses .auditor .fresh
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from policies.document import parse_share, parse_utc
 from policies.site import Dataset
 from protocols.plan import Plan
 from protocols.plan_terms import Limits, Terms
+from protocols.tlog.trust_policy import CHECKPOINT_S, FRESH_S
 
 PUBLIC: Final = "public"
 SECAGG_PROTOCOL: Final = "bonawitz17/1"  # what the masked sum of this program is
@@ -56,6 +57,8 @@ class Facts:
     members: Mapping[str, Member]  # by institution
     eps_round_micro: int | None = None  # of one round, rounded up; None: not computed
     witness_quorum: int | None = None  # cosignatures that this reader demands; None: not known
+    auditors: int | None = None  # witnesses beside the members that must cosign; None: not known
+    accountant: str | None = None  # version of the package that computes epsilon; None: not known
     other_runs: int = 0  # of this node, at work now
     last_round_at: datetime | None = None  # UTC, when this node joined a round before; None: never
     overridden: frozenset[str] = field(default_factory=frozenset)  # of policies.overrides
@@ -88,12 +91,32 @@ def _whys(plan: Plan, terms: Terms, policy: ConsortiumPolicy, facts: Facts) -> I
     yield from _data(terms, policy)
     yield from _borders(plan, terms, policy, facts)
     yield from _resources(plan, terms, policy)
-    need = policy.log.witness.quorum
+    yield from _log(policy, facts)
+
+
+def _log(policy: ConsortiumPolicy, facts: Facts) -> Iterator[Why]:
+    rule = policy.log.witness
     if facts.witness_quorum is None:
         yield Why("log.witnesses", "how many witnesses must cosign is not known here")
-    elif facts.witness_quorum < need:
+    elif facts.witness_quorum < rule.quorum:
         yield Why(
-            "log.witnesses", f"{facts.witness_quorum} cosignatures are demanded, {need} must be"
+            "log.witnesses",
+            f"{facts.witness_quorum} cosignatures are demanded, {rule.quorum} must be",
+        )
+    if rule.auditor_required and not facts.auditors:
+        yield Why("log.auditor", "no witness beside the members has to cosign; an auditor must")
+    # What this program acts on: a policy that is stricter than it needs another program.
+    if 3600 * rule.max_cosignature_age_hours < FRESH_S:
+        yield Why(
+            "log.fresh",
+            f"this program believes cosignatures for {FRESH_S // 3600} hours, the policy for"
+            f" {rule.max_cosignature_age_hours}",
+        )
+    if policy.log.max_checkpoint_interval_s < CHECKPOINT_S:
+        yield Why(
+            "log.fresh",
+            f"this program waits {CHECKPOINT_S} s for a checkpoint, the policy allows"
+            f" {policy.log.max_checkpoint_interval_s}",
         )
 
 
@@ -227,6 +250,12 @@ def _privacy(plan: Plan, policy: ConsortiumPolicy, facts: Facts) -> Iterator[Why
         yield Why("privacy.delta", f"delta is {terms.delta}, at most {rule.delta_max} is allowed")
     if ACCOUNTANTS.get(terms.accountant) != rule.accountant.name:
         yield Why("privacy.accountant", f"the policy accounts with {rule.accountant.name}")
+    elif facts.accountant != rule.accountant.version:
+        yield Why(
+            "privacy.accountant",
+            f"the policy accounts with {rule.accountant.name} {rule.accountant.version}, here is"
+            f" {facts.accountant or 'none'}",
+        )
     if facts.eps_round_micro is None:
         yield Why("privacy.round", "what a round costs could not be computed here")
     elif facts.eps_round_micro > rule.eps_round_max_micro:

@@ -18,7 +18,7 @@ PLAN: Final = frozenset(
         "privacy.budget", "updates.clip", "updates.bits", "updates.parts", "join.base", "join.code",
         "data.licence", "data.use", "data.personal", "data.class", "residency",
         "jurisdictions.blocked", "resources.gpu", "resources.energy", "resources.cost",
-        "resources.bandwidth", "log.witnesses",
+        "resources.bandwidth", "log.witnesses", "log.auditor", "log.fresh",
     }
 )  # fmt: skip
 DATA: Final = frozenset(
@@ -38,4 +38,11 @@ OVERRIDE: Final = frozenset(
     }
 )  # fmt: skip
 CHANGE: Final = frozenset({"policy.federation", "policy.version"})
-ALL: Final = PLAN | DATA | SITE | OVERRIDE | CHANGE
+# Of what is published: refused by the coordinator, by every node and by auditors alike.
+PUBLICATION: Final = frozenset(
+    {
+        "trust.majority", "trust.consent", "trust.hearing", "trust.emergency", "trust.board",
+        "trust.release", "release.gate", "release.evaluators",
+    }
+)  # fmt: skip
+ALL: Final = PLAN | DATA | SITE | OVERRIDE | CHANGE | PUBLICATION

@@ -19,35 +19,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final
 
-from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
-from tuf.api.metadata import Key, Metadata, Root, Targets
+from tuf.api.metadata import Targets
 
 from policies import changes as changes_of_policy
 from policies.consortium import ConsortiumPolicy, Decisions
 from policies.decision import Refused
+from policies.effect import POLICY_DOCUMENT
 from policies.overrides import OVERRIDE_PREFIX, Override, check_override_terms
 from protocols.governance import roles
-from protocols.governance.building import apply_candidates
 from protocols.governance.documents import ADMINS, MEMBERS, Admins, Emergency, Institution, Members
 from protocols.governance.errors import TrustRefusedError
-from protocols.governance.keys import holder_of
 from protocols.governance.repository import (
-    Files,
-    MemoryFiles,
     Target,
     TrustState,
     parse_metadata,
-    read_target,
-    verify_repository,
 )
-from protocols.governance.requests import Opened
-from protocols.governance.signers import read_charter
-from protocols.identifiers import Digest
-
-POLICY_DOCUMENT: Final = "policy/consortium.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +62,8 @@ class Change:
                 return table.expel
             case "policy" | "code":
                 return table.policy
+            case "budget":
+                return table.budget_increase  # and whom it concerns: ``policies.agreement``
             case "admins":
                 return table.root
             case "amendment":
@@ -86,7 +76,7 @@ def compare(before: TrustState | None, after: TrustState) -> list[Change]:
     """Everything that differs between two verified states."""
     targets = before.targets if before else {}
     documents = before.documents if before else {}
-    changes = list(_who_decides(before, after))
+    changes = list(who_decides(before, after))
     changes += compare_documents(targets, documents, after.targets, after.documents)
     for role, version in sorted(after.versions.items()):
         touched = before is None or before.versions.get(role, 0) < version
@@ -102,7 +92,8 @@ def compare(before: TrustState | None, after: TrustState) -> list[Change]:
     return changes
 
 
-def _who_decides(before: TrustState | None, after: TrustState) -> Iterator[Change]:
+def who_decides(before: TrustState | None, after: TrustState) -> Iterator[Change]:
+    """What changes of admins, thresholds, board and online key."""
     old = before.charter if before else None
     new = after.charter
     if old is None:
@@ -239,12 +230,25 @@ def _compare_target(
 def _policies(old: bytes | None, new: bytes) -> list[Change]:
     before = ConsortiumPolicy.from_bytes(old) if old is not None else None
     found = changes_of_policy.describe_change(before, ConsortiumPolicy.from_bytes(new))
-    kinds = {kind.value for kind in found.kinds}
-    kind = "amendment" if "amendment" in kinds else "policy"
     return [
-        Change(kind=kind, role=roles.POLICY, words=edit.sentence, exactly=found.signatures)
+        Change(
+            kind=_KINDS[edit.kind],
+            role=roles.POLICY,
+            words=edit.sentence,
+            exactly=found.signatures if before is None else None,
+        )
         for edit in found.edits
     ]
+
+
+_KINDS: Final[Mapping[changes_of_policy.Kind, str]] = {
+    changes_of_policy.Kind.ROUTINE: "renew",
+    changes_of_policy.Kind.POLICY: "policy",
+    changes_of_policy.Kind.CODE: "code",
+    changes_of_policy.Kind.BUDGET_INCREASE: "budget",
+    changes_of_policy.Kind.AMENDMENT: "amendment",
+    changes_of_policy.Kind.UNCLASSIFIED: "unclassified",
+}
 
 
 def _emergency(path: str, old: bytes | None, new: bytes | None) -> str:
@@ -346,203 +350,3 @@ def _admins(old: Admins | None, new: Admins) -> Iterator[Change]:
             role=role,
             words=f"changes the threshold from {old.threshold} to {new.threshold}",
         )
-
-
-# -- deciding ------------------------------------------------------------------------------------
-
-
-def policy_of(state: TrustState) -> ConsortiumPolicy:
-    """The consortium's policy that a state publishes.
-
-    Raises:
-        TrustRefusedError: trust.shape: there is none, or it disagrees with the root.
-        MalformedMessageError: it cannot be read.
-    """
-    data = state.documents.get(POLICY_DOCUMENT)
-    if data is None:
-        raise TrustRefusedError(f"{POLICY_DOCUMENT} is not published", rule="trust.shape")
-    policy = ConsortiumPolicy.from_bytes(data)
-    admins, terms = policy.governance.admins, state.charter.terms
-    said = (admins.n, admins.threshold, admins.min_countries)
-    if said != (terms.admins, terms.threshold, terms.min_countries):
-        raise TrustRefusedError(
-            f"the policy speaks of {admins.threshold} of {admins.n} admins, the root of "
-            f"{terms.threshold} of {terms.admins}",
-            rule="trust.shape",
-        )
-    if policy.federation != state.federation:
-        raise TrustRefusedError("the policy is of another federation", rule="trust.shape")
-    return policy
-
-
-def check_approvers(
-    old: ConsortiumPolicy | None, policy: ConsortiumPolicy, *admins: Admins
-) -> None:
-    """Whoever read a program that is newly allowed is an admin, of different institutions.
-
-    What was allowed before stays so when an admin who read it goes.
-
-    Raises:
-        TrustRefusedError: trust.quorum.
-    """
-    seats = {person.id: person.institution for some in admins for person in some.admins()}
-    need = policy.governance.decisions.code_approvers
-    known = old.code.allowed if old is not None else ()
-    for code in policy.code.allowed:
-        if code in known:
-            continue
-        institutions = {seats[name] for name in code.approved_by if name in seats}
-        if len(institutions) < need:
-            raise TrustRefusedError(
-                f"code {code.image[:19]}… is approved by admins of {len(institutions)} "
-                f"institutions, {need} must have read it",
-                rule="trust.quorum",
-            )
-
-
-def majorities(
-    changes: list[Change], before: TrustState | None, after: TrustState
-) -> dict[str, int]:
-    """Distinct institutions that must sign each role's metadata file, by what it changes.
-
-    The decision table is that of the policy in force before; of the founding, its own. Never less
-    than the root's threshold, never more than there are admins; roles that others than the admins
-    sign keep their own.
-    """
-    table = policy_of(before or after).governance.decisions
-    terms = after.charter.terms
-    found: dict[str, int] = {}
-    for change in changes:
-        if change.role not in roles.ADMIN_ROLES:
-            continue
-        count = min(terms.admins, max(terms.threshold, change.count(table)))
-        found[change.role] = max(found.get(change.role, 0), count)
-    return found
-
-
-def check_successor(before: TrustState | None, after: TrustState) -> list[Change]:
-    """What changes, once it is shown that enough signed for it.
-
-    Raises:
-        TrustRefusedError: trust.majority, or trust.shape where the policy does not follow.
-        MalformedMessageError: the policy cannot be read.
-    """
-    policy = policy_of(after)
-    old = policy_of(before) if before is not None else None
-    check_approvers(old, policy, after.admins)
-    if old is not None and old.digest != policy.digest:
-        decision = changes_of_policy.check_successor(old, policy)
-        if isinstance(decision, Refused):
-            raise TrustRefusedError(str(decision), rule="trust.shape")
-    changes = compare(before, after)
-    for role, need in majorities(changes, before, after).items():
-        if role in after.quorums:
-            after.quorums[role].require(need)
-    return changes
-
-
-def preview(opened: Opened, *, now: datetime) -> tuple[TrustState, list[Change], dict[str, int]]:
-    """What would be in force: the candidate state, its changes, and the majorities they need.
-
-    Signatures of the candidates are not asked for here; everything else is.
-
-    Raises:
-        TrustRefusedError, MalformedMessageError: what no majority could put in force.
-    """
-    merged = apply_candidates(opened.base, opened.files, now=now, before=opened.before)
-    first = opened.base.get("metadata/1.root.json") or merged.get("metadata/1.root.json")
-    if first is None:
-        raise TrustRefusedError("there is no first root", rule="trust.shape")
-    after = verify_repository(
-        MemoryFiles(merged), trusted_root=first, now=now, offline=True, signed=False
-    )
-    changes = compare(opened.before, after)
-    return after, changes, majorities(changes, opened.before, after)
-
-
-def check_steps(before: TrustState, after: TrustState, files: Files) -> list[Change]:
-    """Every version between two states, one by one: a reader that was away must not be skipped.
-
-    Each version of policy and membership is compared with the one before it, and the signatures on
-    that very file are counted, by distinct institutions, under the keys of all roots between the
-    two states. So a change that needs more than its role cannot hide behind a later, smaller one.
-
-    Returns:
-        What changed, for people.
-
-    Raises:
-        TrustRefusedError: trust.majority, or trust.shape where a version cannot be had.
-        MalformedMessageError, DigestMismatchError: a file is not what it should be.
-    """
-    keys = _keys_between(before, after, files)
-    changes: list[Change] = list(_who_decides(before, after))
-    for role in (roles.POLICY, roles.MEMBERSHIP):
-        targets = {p: t for p, t in before.targets.items() if t.role == role}
-        documents = {p: d for p, d in before.documents.items() if p in targets}
-        for version in range(before.versions[role] + 1, after.versions[role] + 1):
-            metadata = parse_metadata(_must(files, f"{version}.{role}.json"), Targets)
-            new = {
-                path: Target(
-                    path=path,
-                    role=role,
-                    sha256=Digest(info.hashes.get("sha256", "")),
-                    length=info.length,
-                )
-                for path, info in metadata.signed.targets.items()
-            }
-            read = {path: read_target(files, target) for path, target in new.items()}
-            step = compare_documents(targets, documents, new, read)
-            table = _table(documents if role == roles.POLICY else before.documents)
-            need = max((change.count(table) for change in step), default=0)
-            signed = _signed_for(metadata, keys)
-            if signed < min(need, after.charter.terms.admins):
-                raise TrustRefusedError(
-                    f"{role} {version} is signed for {signed} institutions; what it changes "
-                    f"needs {need}",
-                    rule="trust.majority",
-                )
-            if role == roles.POLICY:
-                old_policy = ConsortiumPolicy.from_bytes(documents[POLICY_DOCUMENT])
-                new_policy = ConsortiumPolicy.from_bytes(read.get(POLICY_DOCUMENT, b""))
-                check_approvers(old_policy, new_policy, before.admins, after.admins)
-            changes += step
-            targets, documents = new, read
-    policy_of(after)
-    return changes
-
-
-def _must(files: Files, name: str) -> bytes:
-    data = files.metadata(name)
-    if data is None:
-        raise TrustRefusedError(f"{name} is missing", rule="trust.shape")
-    return data
-
-
-def _table(documents: Mapping[str, bytes]) -> Decisions:
-    data = documents.get(POLICY_DOCUMENT)
-    if data is None:
-        raise TrustRefusedError(f"{POLICY_DOCUMENT} is not published", rule="trust.shape")
-    return ConsortiumPolicy.from_bytes(data).governance.decisions
-
-
-def _keys_between(before: TrustState, after: TrustState, files: Files) -> dict[str, Key]:
-    found: dict[str, Key] = {}
-    for version in range(before.root_version, after.root_version + 1):
-        root = parse_metadata(_must(files, f"{version}.root.json"), Root).signed
-        for keyid in read_charter(root).holders:
-            found[keyid] = root.keys[keyid]
-    return found
-
-
-def _signed_for(metadata: Metadata[Targets], keys: Mapping[str, Key]) -> int:
-    institutions = set()
-    for keyid, signature in metadata.signatures.items():
-        key = keys.get(keyid)
-        if key is None:
-            continue
-        try:
-            key.verify_signature(signature, metadata.signed_bytes)
-        except (UnverifiedSignatureError, VerificationError):
-            continue
-        institutions.add(holder_of(key).institution)
-    return len(institutions)

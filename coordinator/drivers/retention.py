@@ -1,16 +1,17 @@
 """Removes uploads whose retention has ended. Sums, transcripts and snapshots stay.
 
-Uploads are kept after their round so that an auditor can add them up again, for as long as the
-config says (``[storage] upload_retention_days``). A vector goes only when its round is final and
-the days have passed since then. Level-based and idempotent: any coordinator may do it, at any time,
-as often as it likes.
+Uploads are kept after their round so that an auditor can add them up again: for as long as the
+signed policy says (``retention.round_artifacts_days``), and only where a federation is not governed
+as long as the config does (``[storage] upload_retention_days``). A vector goes only when its round
+is final and the days have passed since then. Level-based and idempotent: any coordinator may do it,
+at any time, as often as it likes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,7 @@ from typing import Final
 from coordinator.clock import Clock
 from coordinator.ledger import Ledger, RoundRow, Tx
 from coordinator.spool import upload_path
+from policies.consortium import ConsortiumPolicy
 from protocols.errors import FederationError
 
 logger = logging.getLogger(__name__)
@@ -57,17 +59,34 @@ def remove(paths: Iterable[Path]) -> int:
 class RetentionDriver:
     """Looks once an hour."""
 
-    def __init__(self, *, ledger: Ledger, clock: Clock, spool: Path, days: int) -> None:
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        clock: Clock,
+        spool: Path,
+        days: int,
+        policy: Callable[[], ConsortiumPolicy | None] = lambda: None,
+    ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._spool = spool
-        self._keep = timedelta(days=days)
+        self._days = days
+        self._policy = policy  # in force; None: the federation is not governed
+
+    @property
+    def keep(self) -> timedelta:
+        """How long uploads stay after their round."""
+        policy = self._policy()
+        return timedelta(
+            days=self._days if policy is None else policy.retention.round_artifacts_days
+        )
 
     async def pass_once(self) -> int:
         """One look. Returns how many files went."""
-        now = self._clock.now()
+        now, keep = self._clock.now(), self.keep
         paths = await self._ledger.read(
-            "expired_uploads", lambda tx: expired_uploads(tx, self._spool, now, self._keep)
+            "expired_uploads", lambda tx: expired_uploads(tx, self._spool, now, keep)
         )
         gone = await asyncio.to_thread(remove, paths)
         if gone:

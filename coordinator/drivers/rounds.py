@@ -49,6 +49,7 @@ from coordinator.secure_sum import Opening as Unmasking
 from coordinator.secure_sum import Sum, open_masks
 from coordinator.spool import upload_path
 from coordinator.trust_repository import TrustRepository
+from policies.in_force import plan_named
 from protocols.canonical import sha256_hex
 from protocols.errors import FederationError, IntegrityError
 from protocols.governance.documents import run_refusal
@@ -265,6 +266,9 @@ class RoundDriver:
                 refusal = state.plan_signed(run.run, sha256_of(run.plan_bytes)) or run_refusal(
                     state.emergencies, run.run, run.plan_digest, now
                 )
+                policy = self._trust.policy()
+                if refusal is None and policy is not None:
+                    refusal = plan_named(run.plan, policy)
             if refusal is not None:
                 raise refusal
         except FederationError as error:

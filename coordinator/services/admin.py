@@ -30,10 +30,12 @@ from coordinator.services.caller import Callers
 from coordinator.services.facts import full_facts, history_entry, node_facts, run_facts
 from coordinator.services.progress import read_progress, read_reports
 from coordinator.services.submission import (
+    check_policy,
     check_request,
     check_roster,
     check_submission,
     check_terms,
+    log_witnesses,
     read_request,
 )
 from coordinator.trust_repository import TrustRepository
@@ -148,6 +150,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         if state is not None:
             rows = await self._ledger.read("nodes", Tx.nodes)
             check_terms(plan, request.plan, state, {row.node: row for row in rows}, now)
+            policy = self._trust.policy() if self._trust is not None else None
+            if policy is not None:
+                named = await self._ledger.read("log_witnesses", log_witnesses)
+                await asyncio.to_thread(check_policy, plan, state, policy, claim, named, now)
         return await self._ledger.run(
             "submit_run",
             lambda tx: submit(tx, plan, request.snapshot, operator.name, now, claim, signed),

@@ -22,6 +22,8 @@ from coordinator.rounds import advance, why_now
 from coordinator.services.board import Board
 from coordinator.services.caller import Callers
 from coordinator.services.progress import ProgressBook, read_report
+from coordinator.trust_repository import TrustRepository
+from policies.consortium import ConsortiumPolicy
 from policies.privacy.caps import Cap
 from protocols.errors import (
     MalformedMessageError,
@@ -61,8 +63,15 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
     """Answers node agents."""
 
     def __init__(
-        self, *, callers: Callers, ledger: Ledger, clock: Clock, caps: Sequence[Cap] = ()
+        self,
+        *,
+        callers: Callers,
+        ledger: Ledger,
+        clock: Clock,
+        caps: Sequence[Cap] = (),
+        trust: TrustRepository | None = None,
     ) -> None:
+        self._trust = trust
         self._callers = callers
         self._caps = caps
         self._ledger = ledger
@@ -159,6 +168,7 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
         signed: Act | None = None,
     ) -> rounds_pb2.RoundReply:
         now = self._clock.now()
+        policy = self._trust.policy() if self._trust is not None else None
         try:
             answer = await self._ledger.run(
                 transaction,
@@ -171,6 +181,7 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
                     terms=terms,
                     note=note,
                     caps=self._caps,
+                    policy=policy,
                     signed=signed,
                 ),
             )
@@ -216,6 +227,7 @@ def take(
     terms: Terms | None = None,
     note: str = "",
     caps: Sequence[Cap] = (),
+    policy: ConsortiumPolicy | None = None,
     signed: Act | None = None,
 ) -> Step:
     """Take one message of a node: check who and under which terms, decide, record.
@@ -254,7 +266,7 @@ def take(
         tx, round_id, event, now, transaction=transaction, node=event.node, note=note, row=row
     )
     if isinstance(event, JoinArrived):  # refused, nothing of the above is written
-        reserve(tx, run, row, event.node, caps, now)
+        reserve(tx, run, row, event.node, caps, now, policy)
     return answer
 
 

@@ -12,7 +12,12 @@ from typing import Final
 
 from coordinator.blobs import Blobs
 from coordinator.ledger import NodeRow, Tx
+from policies.audit.replay import witness_policy
+from policies.consortium import ConsortiumPolicy
+from policies.decision import Refused
+from policies.in_force import check_signed_terms, in_force_from_state
 from policies.privacy.claim import Claim, claim_of
+from policies.privacy.micro import cost_of_one
 from policies.privacy.terms import noise_terms
 from protocols.canonical import canonical_bytes, sha256_hex
 from protocols.crypto.signatures import BadSignatureError, Context, verify
@@ -29,6 +34,7 @@ from protocols.tensors.manifest import Manifest
 from protocols.tensors.scales import Scales
 from protocols.tensors.snapshot import Snapshot
 from protocols.tlog.kinds import RunRequest, SignedRequest
+from protocols.tlog.note import VerifierKey
 from protocols.tlog.text import encode_base64
 from protocols.wire import read_bytes
 
@@ -164,6 +170,58 @@ def check_terms(
                 f"the plan names another signing key for {node} than its institution approved",
                 rule="trust.key",
             )
+
+
+def check_policy(
+    plan: Plan,
+    state: TrustState,
+    policy: ConsortiumPolicy,
+    claim: Claim | None,
+    witnesses: tuple[int, int] | None,
+    now: datetime,
+) -> None:
+    """The plan keeps to the policy in force: the check that every node makes, before any is asked.
+
+    Computes epsilon: call it in a thread.
+
+    Args:
+        claim: of the dearest round; None: the plan is not private.
+        witnesses: as ``log_witnesses``; None: there is no log, and nothing is asked of it.
+
+    Raises:
+        PlanRefusedError: the first rule that says no, with the ids of the others.
+    """
+    cost = None
+    if plan.privacy is not None and claim is not None:
+        cost = cost_of_one(claim, delta=float(plan.privacy.delta_exact))
+    rule = policy.log.witness
+    quorum, auditors = witnesses or (rule.quorum, int(rule.auditor_required))
+    decision = check_signed_terms(
+        plan,
+        in_force_from_state(state, policy, now),
+        now=now,
+        eps_round_micro=cost,
+        witness_quorum=quorum,
+        auditors=auditors,
+    )
+    if isinstance(decision, Refused):
+        others = f"; also by {', '.join(decision.rules[1:])}" if decision.rules[1:] else ""
+        raise PlanRefusedError(f"{decision.first.reason}{others}", rule=decision.first.rule)
+
+
+def log_witnesses(tx: Tx) -> tuple[int, int] | None:
+    """How many must cosign before a node believes the log, and how many of them are no members.
+
+    None: there is no log.
+    """
+    if not tx.logs:
+        return None
+    log = tx.log_state()
+    if log.genesis is None:
+        return None
+    auditors = [VerifierKey.parse(vkey) for vkey in log.genesis.witnesses]
+    policy = witness_policy(VerifierKey.parse(log.genesis.log_vkey), log.witnesses, auditors)
+    return policy.least_cosigners(), len(auditors)
 
 
 def read_request(body: bytes, signature: bytes) -> tuple[bytes, bytes] | None:

@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from infra.admin.keys import PASSPHRASE_VARIABLE, card_path, load_signer, read_card
+from policies.agreement import must_agree
+from policies.deciding import policy_of, preview
+from policies.effect import takes_effect
 from policies.offices import out_of_office
-from policies.trust import Change, preview
+from policies.trust import Change
 from protocols.canonical import parse_json
 from protocols.errors import ConfigurationError, ExistsError, NotFoundError
 from protocols.governance import roles
@@ -81,6 +84,21 @@ def read_request(path: Path) -> SigningRequest:
     return SigningRequest.read(read_bytes(path))
 
 
+def proposed_document(path: Path, name: str, *, now: datetime) -> bytes:
+    """A document as a request would publish it.
+
+    Raises:
+        NotFoundError: the request does not bring it.
+        TrustRefusedError, MalformedMessageError: the request does not hold.
+    """
+    opened = open_request(read_request(path), trusted_root=None, now=now)
+    after, _, _ = preview(opened, now=now)
+    data = after.documents.get(name)
+    if data is None:
+        raise NotFoundError(f"{path} brings no {name}")
+    return data
+
+
 def read_signatures(request: Path, files: Iterable[Path]) -> list[Signatures]:
     """Signatures by name, or all that lie beside the request."""
     chosen = list(files) or sorted(request.parent.glob(f"{request.name}.*.sig.json"))
@@ -94,6 +112,8 @@ class View:
     opened: Opened
     changes: tuple[Change, ...]
     needs: dict[str, int]  # institutions, by role
+    agree: tuple[str, ...]  # institutions that must agree to a larger budget, each by itself
+    waits: str  # how long a new policy waits after its leaf; empty: there is none
     quorums: tuple[Quorum, ...]
     anchored: bool
 
@@ -132,6 +152,8 @@ class View:
                 }
                 for quorum in self.quorums
             ],
+            "must_agree": list(self.agree),
+            "takes_effect": self.waits,
             "missing": self.missing(),
         }
 
@@ -154,6 +176,13 @@ class View:
             lines.append(f"    signed: {signed}")
             if role["may_sign"]:
                 lines.append(f"    can sign: {', '.join(role['may_sign'])}")
+        if self.agree:
+            lines.append(
+                f"{', '.join(self.agree)} must agree before it is published, each under its own "
+                "key: minga admin policy agree"
+            )
+        if self.waits:
+            lines.append(self.waits)
         lines.append("")
         lines += self.missing() or ["complete: it can be published"]
         return lines
@@ -168,12 +197,21 @@ def view(
         TrustRefusedError, ForgedError, MalformedMessageError.
     """
     opened = open_request(request, trusted_root=root, now=now)
-    _, changes, needs = preview(opened, now=now)
+    after, changes, needs = preview(opened, now=now)
     candidates = add_signatures(opened, signatures)
+    old = policy_of(opened.before) if opened.before is not None else None
+    new = policy_of(after)
+    waits = ""
+    if old is not None and new != old:
+        since = takes_effect(old, new, now)
+        waits = f"published now it would take effect at {since:%F %H:%M}Z; until then policy "
+        waits += f"{old.policy_version} counts"
     return View(
         opened=opened,
         changes=tuple(changes),
         needs=needs,
+        agree=must_agree(old, new, after.members),
+        waits=waits,
         quorums=tuple(tally(opened, candidates)),
         anchored=root is not None or opened.before is None,
     )

@@ -409,7 +409,7 @@ def _policy_documents(
 ) -> dict[str, bytes]:
     from infra.admin import acts
     from policies.consortium import ConsortiumPolicy
-    from policies.trust import POLICY_DOCUMENT
+    from policies.effect import POLICY_DOCUMENT
     from protocols.canonical import canonical_bytes, parse_json
 
     found: dict[str, bytes] = {}
@@ -441,6 +441,29 @@ def policy_propose(
     if not documents:
         raise typer.BadParameter("give --policy, --rules or --charter")
     _proposed(out, propose_policy(_base(repository, root), documents), as_json)
+
+
+@policies.command("agree")
+def policy_agree(
+    request: Annotated[
+        Path, typer.Argument(metavar="REQUEST", help="The proposal of the new policy.")
+    ],
+    institution: Annotated[str, typer.Argument(metavar="INSTITUTION", help="Which one agrees.")],
+    repository: Repository,
+    out: Out,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Agree to a policy that may raise an institution's privacy budget; its own key signs."""
+    from infra.admin import acts
+    from infra.admin.proposals import propose_agreement
+    from policies.consortium import ConsortiumPolicy
+    from policies.effect import POLICY_DOCUMENT
+
+    base = _base(repository, root)
+    proposed = acts.proposed_document(request, POLICY_DOCUMENT, now=base.now)
+    policy = ConsortiumPolicy.from_bytes(proposed)
+    _proposed(out, propose_agreement(base, institution, policy), as_json)
 
 
 # -- members ---------------------------------------------------------------------------------------

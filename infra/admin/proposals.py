@@ -16,8 +16,10 @@ from securesystemslib.signer import SSlibKey
 from tuf.api.metadata import Key, Metadata, Root, Targets
 
 from infra.admin.keys import Card
+from policies.agreement import consent_bytes, consent_path
+from policies.consortium import ConsortiumPolicy
+from policies.effect import POLICY_DOCUMENT
 from policies.overrides import Override
-from policies.trust import POLICY_DOCUMENT
 from protocols.errors import ConfigurationError, ExistsError, NotFoundError
 from protocols.governance import roles
 from protocols.governance.building import changed_role, new_role, new_root, new_targets
@@ -191,9 +193,14 @@ def propose_founding(founding: Founding, *, now: datetime) -> SigningRequest:
         TrustRefusedError: the admins cannot be those of a federation.
     """
     admins = [card.public for card in founding.admins]
-    people = [person_of(card, ("admin",), now) for card in founding.admins]
-    people += [person_of(card, office, now) for card, office in founding.others]
-    people += [person_of(card, ("release-board",), now) for card in founding.board]
+    offices: dict[str, tuple[Card, set[str]]] = {}
+    for card, office in (
+        *((card, ("admin",)) for card in founding.admins),
+        *founding.others,
+        *((card, ("release-board",)) for card in founding.board),
+    ):  # an admin may sit on the board
+        offices.setdefault(card.holder.person, (card, set()))[1].update(office)
+    people = [person_of(card, office, now) for card, office in offices.values()]
     listed = Admins.make(
         federation=founding.federation,
         threshold=founding.threshold,
@@ -271,6 +278,21 @@ def propose_policy(base: Base, documents: Mapping[str, bytes]) -> SigningRequest
     """A new policy, its rules, or the text of GOVERNANCE.md; by path."""
     title = "policy" if POLICY_DOCUMENT in documents else "governance"
     return propose_documents(base, roles.POLICY, title, put=documents)
+
+
+def propose_agreement(base: Base, name: str, policy: ConsortiumPolicy) -> SigningRequest:
+    """An institution agrees to a policy that may raise its privacy budget: its own keys sign it.
+
+    Raises:
+        NotFoundError: it is no member.
+    """
+    role = roles.institution_role(name)
+    if NodeId(name) not in institution_keys(base.state.members):
+        raise NotFoundError(f"{name} is no member: nobody asks it")
+    put = {consent_path(name, policy.policy_version): consent_bytes(name, policy)}
+    return propose_documents(
+        base, role, f"{name} agrees to policy {policy.policy_version}", put=put
+    )
 
 
 def propose_override(base: Base, override: Override) -> SigningRequest:

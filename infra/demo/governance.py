@@ -11,6 +11,7 @@ known to everybody who reads this file, so these keys are worth nothing outside 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,23 +19,27 @@ from pathlib import Path
 from typing import Final
 
 from infra.admin import acts
-from infra.admin.keys import Card, card_path, make_key, read_card
+from infra.admin.keys import Card, card_path, load_private, make_key, read_card
 from infra.admin.proposals import (
     Base,
     Founding,
     founding_members,
+    propose_agreement,
     propose_founding,
     propose_plan,
     read_base,
 )
+from infra.admin.statements import replayed, sign_statement
 from infra.demo.policy import country_of
 from infra.runs.client import AdminClient
-from protocols.errors import ExistsError
+from policies.consortium import ConsortiumPolicy
+from protocols.errors import ExistsError, FederationError
 from protocols.governance.keys import Holder
 from protocols.governance.repository import plan_path, sha256_of
 from protocols.governance.requests import SigningRequest
 from protocols.identifiers import FederationId, NodeId, parse_node_id
 from protocols.plan import Plan
+from protocols.tlog.kinds import Predicate
 
 PASSPHRASE: Final = "demo only: not a secret"  # noqa: S105 - and printed beside the keys
 THRESHOLD: Final = 2
@@ -161,15 +166,41 @@ class DemoGovernance:
         Raises:
             TrustRefusedError: too few signed for what it changes.
         """
+        keys = [self.admin_key(person) for person in people]
+        return self._enact(name, request, keys, client)
+
+    def agree(self, site: str, policy: ConsortiumPolicy, client: AdminClient) -> list[str]:
+        """An institution agrees to a policy that may raise its privacy budget, with its own key."""
+        request = propose_agreement(self.base(), site, policy)
+        name = f"agree-{policy.policy_version}-{site}"
+        return self._enact(name, request, [self.institution_key(site)], client)
+
+    def speak(self, site: str, said: Predicate, *, within_s: float = 60.0) -> bytes:
+        """A leaf that an institution signs over the public log, once that knows its key."""
+        log, key = self.folder / "log", load_private(self.institution_key(site), lambda: PASSPHRASE)
+        until = time.monotonic() + within_s
+        while True:
+            now = acts.utc_now()
+            try:
+                state, seen = replayed(log, policy=log / "trust-policy.txt", now=now)
+                return sign_statement(said, key, log=state, seen=seen, now=now).entry
+            except FederationError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.2)
+
+    def _enact(
+        self, name: str, request: SigningRequest, keys: Sequence[Path], client: AdminClient
+    ) -> list[str]:
         path = self.folder / "governance" / f"{name}.request.json"
         if path.exists():  # of an interrupted demonstration: its signatures do not fit this one
             for old in path.parent.glob(f"{path.name}*"):
                 old.unlink()
         acts.write_request(path, request)
-        for person in people:
+        for key in keys:
             acts.sign(
                 path,
-                self.admin_key(person),
+                key,
                 root=self._root(),
                 secret=lambda: PASSPHRASE,
                 module=None,

@@ -1,9 +1,10 @@
 """`minga demo --scenario`: the common acts of governance, played for real and explained.
 
-    expel             two of three admins are too few for an expulsion; three are enough, and the
-                      member's node is refused on the connection that it has open
+    expel             two of three admins are too few for an expulsion; three are enough, once the
+                      member was heard, and its node is refused on the connection that it has open
     override-refused  three signatures do not lift secure aggregation, nor a site's own rule
-    policy-change     a change in words; what raises a privacy budget needs more signatures
+    policy-change     a change in words; what raises a privacy budget needs more signatures,
+                      and each institution itself
 
 Every act goes the whole way: proposed, shown in words, signed with the admins' keys, handed to a
 running coordinator, which verifies it and takes it or says which rule stands against it. Nothing is
@@ -32,15 +33,18 @@ from infra.runs.client import AdminClient, error_of
 from node_agent.code_digest import installed_code
 from node_agent.config import NodeFolder
 from node_agent.keys import KeyStore
+from policies.bodies import HEARING
 from policies.changes import describe_change
 from policies.consortium import ConsortiumPolicy
+from policies.effect import POLICY_DOCUMENT
 from policies.overrides import Override
-from policies.trust import POLICY_DOCUMENT
 from protocols.canonical import canonical_bytes
 from protocols.errors import ExistsError, FederationError
 from protocols.gen import rounds_pb2, rounds_pb2_grpc
+from protocols.governance.repository import sha256_of
 from protocols.governance.requests import SigningRequest
 from protocols.identifiers import Digest, FederationId, parse_node_id
+from protocols.tlog.kinds import MemberStatement
 
 FEDERATION: Final = "demo"
 SITES: Final = ("ar-archivo", "br-saude", "cl-leyes", "pe-escuela")
@@ -72,6 +76,13 @@ class Stage:
         self.say(f"{', '.join(people)} sign")
         for words in self.governance.enact(name, request, people, self.client):
             self.say(f"  in force: {words}")
+
+    def hear(self, site: str) -> None:
+        """A member speaks on its hearing; what it says stays with it, its digest is in the log."""
+        said = MemberStatement(
+            institution=site, topic=HEARING, statement_sha256=sha256_of(f"{site} speaks".encode())
+        )
+        self.client.deliver(self.governance.speak(site, said))
 
     def refused(self, name: str, request: SigningRequest, people: Sequence[str]) -> None:
         """Play an act that is refused.
@@ -135,6 +146,10 @@ def _expel(stage: Stage, site: str, call: Callable[[], None]) -> None:
     members = with_status(base.state.members, parse_node_id(site), "expelled")
     request = propose_members(base, members, f"expel {site}")
     stage.refused("expel-two", request, PEOPLE[:THRESHOLD])
+    stage.say("enough sign, and nobody has heard it:")
+    stage.refused("expel-unheard", request, PEOPLE[: table.expel])
+    stage.say(f"{site} makes its statement, signed with its own key, in the log")
+    stage.hear(site)
     call()
     stage.say(f"  {site} is still served")
     stage.taken("expel", request, PEOPLE[: table.expel])
@@ -185,10 +200,17 @@ def policy_change(stage: Stage) -> None:
     """What changes is said in words, and its kind says how many must sign."""
     _change(stage, "stricter", {"rounds": {"max_steps_local": 100}}, few=None)
     larger = {"privacy": {"eps_round_max_micro": 60_000_000}}
-    _change(stage, "larger-budget", larger, few=THRESHOLD)
+    _change(stage, "larger-budget", larger, few=THRESHOLD, agree=SITES)
 
 
-def _change(stage: Stage, name: str, edits: Mapping[str, Any], *, few: int | None) -> None:
+def _change(
+    stage: Stage,
+    name: str,
+    edits: Mapping[str, Any],
+    *,
+    few: int | None,
+    agree: Sequence[str] = (),
+) -> None:
     old = stage.policy()
     value = old.to_value()
     for section, changed in edits.items():
@@ -203,6 +225,13 @@ def _change(stage: Stage, name: str, edits: Mapping[str, Any], *, few: int | Non
     request = propose_policy(stage.governance.base(), {POLICY_DOCUMENT: new.to_bytes()})
     if few is not None:
         stage.refused(f"policy-{name}-few", request, PEOPLE[:few])
+    if agree:
+        stage.say(f"it may raise what {', '.join(agree)} spend: each must agree itself")
+        stage.refused(f"policy-{name}-alone", request, PEOPLE[: change.signatures])
+        for site in agree:
+            stage.governance.agree(site, new, stage.client)
+        stage.say("they sign with their own keys")
+        request = propose_policy(stage.governance.base(), {POLICY_DOCUMENT: new.to_bytes()})
     stage.taken(f"policy-{name}", request, PEOPLE[: change.signatures])
 
 

@@ -43,7 +43,7 @@ from infra.runs.plan_file import (
 from infra.runs.submission import submit
 from node_agent.code_digest import installed_code
 from policies.consortium import ConsortiumPolicy
-from policies.trust import POLICY_DOCUMENT
+from policies.effect import POLICY_DOCUMENT
 from protocols.errors import (
     ConfigurationError,
     FederationError,

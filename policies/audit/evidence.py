@@ -16,6 +16,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 from policies.audit.records import Fault, first_fault
 from policies.audit.replay import Replay, Taken
@@ -67,7 +68,12 @@ class Evidence:
 
     def policy_at(self, index: int) -> ConsortiumPolicy | None:
         """The signed policy that was in force when leaf ``index`` came."""
-        return self.signed.policy_at(index) if self.signed else None
+        if self.signed is None:
+            return None
+        _, after = self.tree.written_between(index)
+        claimed = self.taken[index].statement.time
+        at = datetime.fromtimestamp(after, UTC) if after is not None else claimed
+        return self.signed.policy_at(index, at)
 
     @property
     def first(self) -> Fault | None:

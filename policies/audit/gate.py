@@ -20,9 +20,8 @@ from typing import Final
 from policies.audit.replay import Replay
 from policies.audit.rounds import AttemptState, RoundState
 from protocols.identifiers import Digest, RoundId
-from protocols.tlog.trust_policy import FRESH_S, TrustPolicy
+from protocols.tlog.trust_policy import CHECKPOINT_S, FRESH_S, TrustPolicy
 
-CHECKPOINT_S: Final = 60  # a leaf is under a checkpoint within so many seconds
 MISSING_AFTER_S: Final = 2 * CHECKPOINT_S  # then its signer raises an alarm
 
 

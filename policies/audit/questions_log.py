@@ -53,6 +53,9 @@ def q18_gaps(evidence: Evidence) -> Iterator[Record]:
         if taken.holder.role == "coordinator"
     ]
     found = 0
+    for index, reason in _against_policy(evidence):
+        found += 1
+        yield Record(id="18", round=None, result=Result.FAIL, leaves=(index,), reason=reason)
     for (before, _), (after, index) in pairwise(times):
         if after - before > most:
             found += 1
@@ -62,3 +65,14 @@ def q18_gaps(evidence: Evidence) -> Iterator[Record]:
         closed = any(isinstance(taken.said, LogClosed) for taken in evidence.taken)
         reason = f"never silent for more than {most} s" + ("; the log is closed" if closed else "")
         yield Record(id="18", round=None, result=Result.PASS, leaves=(), reason=reason)
+
+
+def _against_policy(evidence: Evidence) -> Iterator[tuple[int, str]]:
+    """What the signed policy says of the log, and the log does otherwise."""
+    for taken in evidence.taken:
+        policy = None
+        if isinstance(taken.said, Heartbeat):
+            policy = evidence.policy_at(taken.index)
+            if policy is not None and taken.said.interval_s > policy.log.heartbeat_s:
+                said = f"a heartbeat every {taken.said.interval_s} s"
+                yield taken.index, f"{said}; the policy asks for {policy.log.heartbeat_s}"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from datetime import timedelta
 
 from policies.audit.certificates import abort_certificate
 from policies.audit.evidence import Evidence, ended, released
 from policies.audit.records import Record, Result
+from policies.audit.replay import Taken
 from policies.audit.rounds import AttemptState, RoundState
 from protocols.canonical import sha256_hex
 from protocols.errors import FederationError
 from protocols.identifiers import Digest, RoundId
+from protocols.plan import Plan
 from protocols.secagg.attempts import attempt_of
 from protocols.secagg.messages import Transcript
 from protocols.secagg.verify import Verified, verify_transcript
@@ -252,19 +255,23 @@ def q13_norm_bounds(evidence: Evidence) -> Iterator[Record]:
                 " a bound on it says nothing; the clip is part of the privacy claim"
             )
             yield _record("13", round_, Result.UNKNOWN, leaves, reason)
-        elif plan.vector.clip_norm is None:
-            reason = f"the mean is {said.norm_micro / _MICRO:.6g} long; the plan sets no bound"
+        elif (most := _bound(evidence, state.plan_at, plan)) is None:
+            reason = f"the mean is {said.norm_micro / _MICRO:.6g} long; nothing sets a bound"
             yield _record("13", round_, Result.UNKNOWN, leaves, reason)
         else:
             # Rounding moves each coordinate by less than one step of its block, so allow 0.1 %.
-            bound = math.ceil(plan.vector.clip_norm * 1.001 * _MICRO)
-            holds = said.norm_micro <= bound
-            reason = (
-                f"the mean is {said.norm_micro / _MICRO:.6g} long,"
-                f" the clip norm {plan.vector.clip_norm:g}"
-            )
+            holds = said.norm_micro <= math.ceil(most * 1.001 * _MICRO)
+            reason = f"the mean is {said.norm_micro / _MICRO:.6g} long, the clip norm {most:g}"
             result = Result.PASS if holds else Result.FAIL
             yield _record("13", round_, result, leaves, reason)
+
+
+def _bound(evidence: Evidence, at: int, plan: Plan) -> float | None:
+    """The tighter of what the plan clips to and what the policy allows and wants checked."""
+    policy, known = evidence.policy_at(at), [plan.vector.clip_norm]
+    if policy is not None and policy.updates.norm_check == "post-aggregate":
+        known.append(policy.updates.clip_norm_max_micro / _MICRO)
+    return min((norm for norm in known if norm is not None), default=None)
 
 
 def q21_what_did_not_run(evidence: Evidence) -> Iterator[Record]:
@@ -278,6 +285,16 @@ def q21_what_did_not_run(evidence: Evidence) -> Iterator[Record]:
     if not idle:
         what = f"each of {len(evidence.rounds)} rounds started"
         yield _record("21", None, Result.PASS, (), what)
+
+
+def _late(evidence: Evidence, taken: Taken, round_: RoundId, number: int) -> bool:
+    """Whether an objection came after the window that the policy gives, counted from the sum."""
+    attempt, policy = evidence.rounds[round_].started(number), evidence.policy_at(taken.index)
+    if policy is None or attempt is None or attempt.aggregate_at is None:
+        return False
+    opened = evidence.taken[attempt.aggregate_at].statement.time
+    window = timedelta(hours=policy.audit.objection_window_hours)
+    return taken.statement.time > opened + window
 
 
 def q22_objections(evidence: Evidence) -> Iterator[Record]:
@@ -299,7 +316,10 @@ def q22_objections(evidence: Evidence) -> Iterator[Record]:
         what = f"{said.node} objects: {said.code}"
         attempt = evidence.rounds[round_].started(said.attempt)
         out = attempt.aggregate.model_out if attempt and attempt.aggregate else None
-        if answer is None:
+        if answer is None and _late(evidence, taken, round_, said.attempt):
+            reason = f"{what}; after the policy's window for objections, so nobody has to answer"
+            yield _record("22", round_, Result.PASS, (taken.index,), reason)
+        elif answer is None:
             yield _record("22", round_, Result.UNKNOWN, (taken.index,), f"{what}; not resolved")
         elif not isinstance(answer.said, ObjectionResolved):
             raise TypeError("answers are resolutions")

@@ -6,7 +6,7 @@ says about itself is not evidence that it was allowed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from policies.audit import approvals
@@ -16,8 +16,9 @@ from policies.audit.replay import Taken
 from policies.audit.spending import SpendingUnknownError, spending, spent_claims, wrong_claims
 from policies.consortium import ConsortiumPolicy
 from policies.decision import Refused
+from policies.releases import check_release
 from protocols.governance import roles
-from protocols.identifiers import Digest, RunId
+from protocols.identifiers import Digest, RoundId, RunId
 from protocols.tlog.fields import Role
 from protocols.tlog.kinds import (
     CertIssued,
@@ -27,6 +28,7 @@ from protocols.tlog.kinds import (
     EvalReport,
     OverrideGranted,
     ReleaseApproved,
+    ResourcesUsed,
     RoundJoin,
     UpdateCommit,
     parse_round_subject,
@@ -84,7 +86,8 @@ def q04_privacy_loss(evidence: Evidence) -> Iterator[Record]:
                 reason=f"{what}; {NO_POLICY}, so no budget is known",
             )
             continue
-        budget = policy.privacy.budgets.epsilon_micro(item.institution, item.dataset) / _MICRO
+        classes = _classes_of(evidence, item.dataset)
+        budget = policy.privacy.budgets.largest(item.institution, classes).eps_total_micro / _MICRO
         yield Record(
             id="4",
             round=None,
@@ -92,6 +95,17 @@ def q04_privacy_loss(evidence: Evidence) -> Iterator[Record]:
             leaves=leaves,
             reason=f"{what}; the budget is {budget:g}",
         )
+
+
+def _classes_of(evidence: Evidence, dataset: str) -> tuple[str, ...]:
+    """Classes of data that the plans over a data set may use; its own name where none says."""
+    found = {
+        name
+        for plan in evidence.plans.values()
+        if plan.privacy is not None and plan.privacy.dataset == dataset and plan.terms is not None
+        for name in plan.terms.data.classes
+    }
+    return tuple(sorted(found)) or (dataset,)
 
 
 def q06_code(evidence: Evidence) -> Iterator[Record]:
@@ -283,36 +297,41 @@ def _without_institution(evidence: Evidence) -> Iterator[tuple[Taken, str | None
 
 
 def q19_releases(evidence: Evidence) -> Iterator[Record]:
-    """A released model has two passing reports by different evaluators, and the board approved."""
-    reports = {taken.leaf.hash: taken for taken in evidence.of(EvalReport)}
+    """A released model passed every gate of the policy, and the board signed it.
+
+    The gates are computed again from the numbers in the reports; who of the board signed is
+    verified where the publication's leaves are read.
+    """
+    reports = evidence.replay.reports
+    index_of = {taken.leaf.hash: taken.index for taken in evidence.of(EvalReport)}
     found = list(evidence.of(ReleaseApproved))
     for taken in found:
         said = taken.said
         if not isinstance(said, ReleaseApproved):
             continue
-        what = f"model {said.model[:12]}…"
-        used = [reports.get(Digest(digest)) for digest in said.reports]
-        good = {
-            report.said.evaluator
-            for report in used
-            if report is not None
-            and report.index < taken.index
-            and isinstance(report.said, EvalReport)
-            and report.said.model == said.model
-            and all(gate.passed for gate in report.said.gates)
-        }
-        if len(good) < 2:
-            reason = f"{what}: {len(good)} passing reports by different evaluators, 2 are needed"
-            yield _one("19", None, Result.FAIL, taken.index, reason)
-        elif (policy := evidence.policy_at(taken.index)) is None:
-            reason = f"{what}: {len(good)} passing reports; {NO_POLICY} to name the board"
+        what, policy = f"model {said.model[:12]}…", evidence.policy_at(taken.index)
+        used = [
+            item
+            for item in reports
+            if item.leaf in said.reports and index_of[item.leaf] < taken.index
+        ]
+        if policy is None or evidence.signed is None:
+            reason = f"{what}: {len(used)} reports; {NO_POLICY}"
             yield _one("19", None, Result.UNKNOWN, taken.index, reason)
+            continue
+        decision = check_release(said.model, used, policy)
+        published = evidence.signed.released(said.model)
+        if isinstance(decision, Refused):
+            yield _one("19", None, Result.FAIL, taken.index, str(decision))
+        elif published is None:
+            reason = f"{what}: the release board has published no such model"
+            yield _one("19", None, Result.FAIL, taken.index, reason)
         else:
-            need = policy.governance.release_board.threshold
-            signers = len({approval.key for approval in said.approvals})
-            result = Result.UNKNOWN if signers >= need else Result.FAIL
-            reason = f"{what}: {signers} of {need} approvals, keys not verified here"
-            yield _one("19", None, result, taken.index, reason)
+            signed = published.state.quorums[roles.RELEASE].signed
+            who = ", ".join(sorted(holder.person for holder in signed))
+            by = ", ".join(sorted({item.by for item in used}))
+            reason = f"{what}: evaluated by {by}; signed by {who}"
+            yield _one("19", None, Result.PASS, taken.index, reason)
     if not found:
         yield Record(
             id="19", round=None, result=Result.PASS, leaves=(), reason="no model was released"
@@ -320,9 +339,13 @@ def q19_releases(evidence: Evidence) -> Iterator[Record]:
 
 
 def q20_resources(evidence: Evidence) -> Iterator[Record]:
-    """What the nodes claim to have used, added up. Claims: signed, and not provable."""
+    """What the nodes claim to have used, added up, against what plan and policy allow a round.
+
+    Claims: signed, and not provable. Money is not in the log: prices are each site's own.
+    """
     totals = {"gpu_seconds": 0, "energy_wh": 0, "bytes": 0}
     leaves, silent = [], 0
+    rounds: dict[RoundId, list[Taken]] = {}
     for taken in evidence.of(UpdateCommit):
         if not isinstance(taken.said, UpdateCommit):
             continue
@@ -331,6 +354,17 @@ def q20_resources(evidence: Evidence) -> Iterator[Record]:
         silent += used.source == "none"
         for name in totals:
             totals[name] += getattr(used, name)
+        rounds.setdefault(parse_round_subject(taken.statement.subject)[1], []).append(taken)
+    for round_, updates in rounds.items():
+        over = _beyond(evidence, round_, updates)
+        if over:
+            yield Record(
+                id="20",
+                round=str(round_),
+                result=Result.FAIL,
+                leaves=tuple(taken.index for taken in updates),
+                reason="; ".join(over),
+            )
     reason = (
         f"claimed: {totals['gpu_seconds'] / 3600:.1f} GPU hours, {totals['energy_wh'] / 1000:.2f}"
         f" kWh, {totals['bytes'] / 1e6:.1f} MB"
@@ -339,6 +373,34 @@ def q20_resources(evidence: Evidence) -> Iterator[Record]:
         reason += f"; {silent} of {len(leaves)} updates claim nothing"
     result = Result.UNKNOWN if silent or not leaves else Result.PASS
     yield Record(id="20", round=None, result=result, leaves=tuple(leaves), reason=reason)
+
+
+def _beyond(evidence: Evidence, round_: RoundId, updates: Sequence[Taken]) -> list[str]:
+    """What a round claims to have used beyond its plan or the policy; the tighter of the two."""
+    state = evidence.rounds[round_]
+    plan, policy = evidence.plan_of(state), evidence.policy_at(state.plan_at)
+    said = plan.terms.limits if plan is not None and plan.terms is not None else None
+    allowed = policy.resources if policy is not None else None
+    by_node: dict[str, ResourcesUsed] = {}
+    for taken in updates:  # the last attempt's update is the one that stands
+        if isinstance(taken.said, UpdateCommit):
+            by_node[taken.said.node] = taken.said.resources
+    gpu = sum(used.gpu_seconds for used in by_node.values())
+    energy = sum(used.energy_wh for used in by_node.values())
+    most = max((used.bytes for used in by_node.values()), default=0)
+    rows = (
+        ("GPU seconds", gpu, [60 * said.gpu_minutes if said else None,
+                              60 * allowed.gpu_minutes_round if allowed else None]),
+        ("Wh", energy, [said.energy_wh if said else None,
+                        allowed.energy_wh_round if allowed else None]),
+        ("bytes of one node", most, [said.bandwidth_bytes_node if said else None,
+                                     allowed.bandwidth_bytes_node if allowed else None]),
+    )  # fmt: skip
+    return [
+        f"{used} {unit} are claimed, {min(limits)} were allowed"
+        for unit, used, either in rows
+        if (limits := [limit for limit in either if limit is not None]) and used > min(limits)
+    ]
 
 
 def _one(id_: str, round_: str | None, result: Result, leaf: int, reason: str) -> Record:
@@ -407,13 +469,21 @@ def q03_in_force(evidence: Evidence) -> Iterator[Record]:
             if role in found.state.expires and found.state.expires[role] <= times[0]
         ]
         why = [f"expired: {', '.join(ended)}"] if ended else []
-        decisions = [found.policy.in_force(time) for time in times]
+        counted = [found.policies.at(time) for time in times]
+        decisions = [step.policy.in_force(time) for step, time in zip(counted, times, strict=True)]
         if all(isinstance(decision, Refused) for decision in decisions):
             why.append(str(decisions[0]))
+        plan = evidence.plan_of(state)
+        named = plan.terms.policy if plan is not None and plan.terms is not None else None
+        if named is not None and named.sha256 not in {step.policy.digest for step in counted}:
+            why.append(
+                f"the plan names policy {named.version}, in force was"
+                f" {counted[0].policy.policy_version}"
+            )
         if why:
             yield _one("3", where, Result.FAIL, at, "; ".join(why))
         else:
-            reason = f"policy {found.policy.policy_version} and all that it rests on"
+            reason = f"policy {counted[-1].policy.policy_version} and all that it rests on"
             yield _one("3", where, Result.PASS, at, reason)
 
 

@@ -21,10 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Final
 
 from policies.audit import approvals, rounds
 from policies.audit.rounds import LeafRefusedError, RoundState
+from policies.bodies import HEARING, heard_by
+from policies.releases import Reported
 from protocols.canonical import parse_canonical
 from protocols.crypto.identity import parse_spiffe_uri
 from protocols.crypto.signatures import BadSignatureError, Context, verify
@@ -33,10 +36,14 @@ from protocols.identifiers import Digest, FederationId, RoundId
 from protocols.tlog.checkpoint import Checkpoint
 from protocols.tlog.frontier import Frontier
 from protocols.tlog.kinds import (
+    Ballot,
     CertIssued,
     EnrolRequest,
+    EvalReport,
     Genesis,
+    Incident,
     LogClosed,
+    MemberStatement,
     Predicate,
     Role,
     RoundPlan,
@@ -129,6 +136,11 @@ class Replay:
         self.rounds: dict[RoundId, RoundState] = {}
         # Digests of trust metadata by role and version: more than one is two stories.
         self.published: dict[tuple[str, int], frozenset[Digest]] = {}
+        self.published_at: dict[tuple[str, int], datetime] = {}  # the first leaf's own time, UTC
+        self.clock: datetime | None = None  # the latest time of a leaf of the coordinator, UTC
+        self.reports: tuple[Reported, ...] = ()  # evaluations of models
+        self.said: dict[str, datetime] = {}  # members that spoke on their hearing, UTC
+        self.called: dict[str, datetime] = {}  # members that an admin called to be heard, UTC
         self.trees: dict[tuple[RoundId, int], tuple[int, bytes]] = {}  # at each round.start
         self.speakers: Speakers | None = None  # as named last; None: never
 
@@ -140,6 +152,9 @@ class Replay:
         twin.requests, twin.witnesses = dict(self.requests), dict(self.witnesses)
         twin.rounds, twin.trees = dict(self.rounds), dict(self.trees)
         twin.published, twin.speakers = dict(self.published), self.speakers
+        twin.published_at = dict(self.published_at)
+        twin.clock, twin.reports = self.clock, self.reports
+        twin.said, twin.called = dict(self.said), dict(self.called)
         return twin
 
     @property
@@ -203,8 +218,12 @@ class Replay:
                 "log.signer", f"{said.KIND} is not for a {holder.role} ({holder.name}) to sign"
             )
         self._own_name(said, holder)
+        if isinstance(said, Ballot) and holder.role is Role.COORDINATOR and said.approval is None:
+            raise LeafRefusedError("log.signer", "the coordinator has no vote of its own")
         taken = Taken(index=index, leaf=leaf, said=said, holder=holder)
         self._apply(taken)
+        if holder.role is Role.COORDINATOR:
+            self.clock = max(self.clock or leaf.statement.time, leaf.statement.time)
         self.chains[leaf.signer] = chain
         self.frontier = self.frontier.extend([bytes.fromhex(leaf.hash)])
         if isinstance(said, RoundStart):
@@ -275,10 +294,32 @@ class Replay:
         elif isinstance(said, TufPublished):
             name = (said.role, said.version)
             self.published[name] = self.published.get(name, frozenset()) | {Digest(said.sha256)}
+            self.published_at.setdefault(name, taken.statement.time)
             if said.speakers is not None:
                 self._hear(said.speakers)
         elif isinstance(said, LogClosed):
             self.closed = said
+        else:
+            self._hearing(taken)
+            if isinstance(said, EvalReport):
+                by = f"{taken.holder.role.value}/{taken.holder.name}"
+                if taken.holder.role in (Role.NODE, Role.INSTITUTION):
+                    by = taken.holder.name  # a member is one evaluator, whichever key it uses
+                self.reports += (Reported(leaf=taken.leaf.hash, by=by, said=said),)
+
+    def _hearing(self, taken: Taken) -> None:
+        """What speaks of a hearing; the first counts: ``policies.bodies`` decides what follows."""
+        said, at, by = taken.said, taken.statement.time, taken.holder.role
+        if self.clock is not None:
+            at = max(at, self.clock)  # whoever dates a leaf back gains nothing
+        if isinstance(said, MemberStatement) and said.topic == HEARING and by is Role.INSTITUTION:
+            self.said.setdefault(said.institution, at)
+        if isinstance(said, Incident) and said.klass == HEARING and by is Role.ADMIN:
+            self.called.setdefault(said.code, at)
+
+    def heard(self, name: str, at: datetime) -> bool:
+        """Whether the log shows that a member was heard by this time (UTC)."""
+        return heard_by(self.said, self.called, name, at)
 
     def _begin(self, said: Genesis, taken: Taken) -> None:
         if taken.index != 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
@@ -172,7 +173,12 @@ def audit(
     tree = check_tree(files, policy, now=now)
     signed = None
     if root is not None:
-        signed = SignedHistory(root=root, documents=documents, time_of=partial(_time_of, tree))
+        signed = SignedHistory(
+            root=root,
+            documents=documents,
+            time_of=partial(_time_of, tree),
+            logged_at=partial(_logged_at, tree),
+        )
     evidence = gather(
         tree,
         files.entries,
@@ -203,6 +209,15 @@ def _time_of(tree: Tree, taken: Taken) -> int:
     """When a leaf came: the first witnessed time after it, or what it claims."""
     _, after = tree.written_between(taken.index)
     return after if after is not None else int(taken.statement.time.timestamp())
+
+
+def _logged_at(tree: Tree, taken: Taken) -> datetime:
+    """What a leaf says of its time, within the witnessed times around it, UTC."""
+    before, after = tree.written_between(taken.index)
+    at = taken.statement.time
+    if before is not None:
+        at = max(at, datetime.fromtimestamp(before, UTC))
+    return at if after is None else min(at, datetime.fromtimestamp(after, UTC))
 
 
 def _unread(evidence: Evidence, first: Fault) -> list[Record]:

@@ -93,7 +93,7 @@ class TrustState:
     versions: Mapping[str, int]  # of every role
     published: Mapping[tuple[str, int], Digest]  # SHA-256 of every metadata file that was read
     expires: Mapping[str, datetime]  # of every role, UTC
-    lapsed: frozenset[str]  # roles past their time that may lapse
+    lapsed: frozenset[str]  # past their time, or an institution's that its keys did not sign
     targets: Mapping[str, Target]  # by path
     documents: Mapping[str, bytes] = field(repr=False)  # of policy, membership and emergency
     members: Members = field(repr=False)
@@ -315,15 +315,28 @@ def _delegated(
     delegations = targets.delegations
     names = list(delegations.roles or ()) if delegations is not None else []
     stray = set(snapshot.meta) - {f"{name}.json" for name in (*names, roles.TARGETS)}
-    if stray:
-        raise TrustRefusedError(f"{min(stray)} belongs to no role", rule="trust.shape")
+    for name in sorted(stray):
+        role = name.removesuffix(".json")
+        if roles.institution_of(role) is None:
+            raise TrustRefusedError(f"{name} belongs to no role", rule="trust.shape")
+        # Who is no member any more leaves its own role behind: a snapshot forgets nothing, so the
+        # file is carried on, and nothing of it counts.
+        _targets_role(reader, snapshot, role)
+        lapsed.add(role)
     for role in names:
         if f"{role}.json" not in snapshot.meta and role not in roles.NEEDED:
             continue
         made = _targets_role(reader, snapshot, role)
         if made.signed.delegations is not None:
             raise TrustRefusedError(f"role {role} delegates further", rule="trust.shape")
-        reader.count(targets, role, made, charter)
+        if roles.institution_of(role) is not None:
+            # Its keys may have changed since it signed: what it said then lapses, nothing else.
+            reader.quorums[role] = quorum(targets, role, made, charter)
+            if reader.signed and not reader.quorums[role].complete:
+                lapsed.add(role)
+                continue
+        else:
+            reader.count(targets, role, made, charter)
         if not reader.in_time(role):
             if role in roles.NEEDED:
                 reader.require_time(role)

@@ -32,6 +32,7 @@ class Quorum:
     min_countries: int
     signed: tuple[Holder, ...]
     unsigned: tuple[Holder, ...]
+    keys: tuple[str, ...] = ()  # ids of the keys that signed
 
     @property
     def countries(self) -> int:
@@ -223,6 +224,7 @@ def quorum(
         min_countries=charter.terms.min_countries if central else 1,
         signed=tuple(sorted(holder(*item) for item in result.signed.items())),
         unsigned=tuple(sorted(holder(*item) for item in result.unsigned.items())),
+        keys=tuple(sorted(result.signed)),
     )
 
 

@@ -122,14 +122,32 @@ class PolicyProposed(Predicate):
     expires: TimeText
 
 
+class Approval(Part):
+    """One signature under an act that needs several."""
+
+    key: DigestText  # key id
+    signature: Base64
+
+
 class Ballot(Predicate):
-    """An admin's vote, so that dissent is on record; the TUF signatures are the decision."""
+    """A vote, so that dissent is on record; the TUF signatures are the decision.
+
+    An admin signs its own. The coordinator enters a yes only with the signature that was given for
+    the proposal (``approval``): it can invent none.
+    """
 
     KIND = "ballot"
-    SIGNERS = frozenset({Role.ADMIN})
-    proposal_sha256: DigestText
+    SIGNERS = frozenset({Role.ADMIN, Role.COORDINATOR})
+    proposal_sha256: DigestText  # of the bytes that are signed
     choice: Literal["yes", "no", "abstain"]
     code: Code | None = None
+    approval: Approval | None = None
+
+    @model_validator(mode="after")
+    def _a_signature_is_a_yes(self) -> Self:
+        if self.approval is not None and self.choice != "yes":
+            raise ValueError("a signature under the proposal is a yes")
+        return self
 
 
 class MemberStatement(Predicate):
@@ -198,13 +216,6 @@ class DatasetDeclared(Predicate):
     declaration_sha256: DigestText
     licence: Name
     jurisdiction: Annotated[str, Field(pattern=r"^[A-Z]{2}$")]
-
-
-class Approval(Part):
-    """One signature under an act that needs several."""
-
-    key: DigestText  # key id
-    signature: Base64
 
 
 class OverrideGranted(Predicate):

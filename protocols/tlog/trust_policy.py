@@ -26,6 +26,7 @@ from protocols.tlog.text import decode_decimal, decode_utf8
 
 MAX_POLICY: Final = 1_000_000  # bytes
 NONE: Final = "none"
+CHECKPOINT_S: Final = 60  # a leaf is under a checkpoint within so many seconds
 FRESH_S: Final = 24 * 3600  # a quorum older than this may be a frozen view: no new round
 
 

@@ -18,6 +18,7 @@ from protocols.tlog.witness import Request
 from tests.contract.test_door import ping
 from tests.support.door import served
 from tests.support.leaves import witness_signer
+from tests.support.saying import hearing_of
 from tests.support.trust import World
 
 SITE = "a"
@@ -57,6 +58,7 @@ def test_a_departed_member_cosigns_and_does_nothing_else(tmp_path, status):
         world.found_at(door)
         node = door.enrol(SITE)
         assert ping(node).now_ms > 0
+        hearing_of(door, SITE)
         members = with_status(world.state.members, SITE, status)
         request = propose_members(world.base(), members, status)
         world.enact_at(door, request, ["ana", "bruno", "carla"])

@@ -26,7 +26,7 @@ from infra.admin.proposals import (
     with_keys,
     with_status,
 )
-from policies.trust import POLICY_DOCUMENT
+from policies.effect import POLICY_DOCUMENT
 from protocols.crypto.identity import Identity, spki_digest
 from protocols.crypto.signatures import Context, sign
 from protocols.enrolment import Invitation, enrolment_proof_body
@@ -94,7 +94,8 @@ def test_an_unsigned_plan_is_not_run(place):
     trust_refusal("trust.plan", lambda: submit(door, plan))
 
     world.enact_at(door, propose_plan(world.base(), plan), ["ana", "carla"])
-    assert submit(door, plan).run == "p1"
+    # Signed, and so the policy is what it is compared with: test_governed_submission.py.
+    trust_refusal("terms.missing", lambda: submit(door, plan))
     other = door.make_run(
         "p1", submit=False, roster=["site-a", "site-b", "site-c"], title="another"
     )
@@ -423,7 +424,7 @@ def test_the_coordinator_goes_on_after_a_crash_between_files_and_serving(tmp_pat
         files = world.signed(request, ["ana", "bruno"])
         calls = []
 
-        async def fails(published):
+        async def fails(published, acts=()):
             calls.append(published)
             raise RuntimeError("killed here")
 
@@ -437,9 +438,9 @@ def test_the_coordinator_goes_on_after_a_crash_between_files_and_serving(tmp_pat
         assert door.parts.trust.file("metadata/timestamp.json") == before
         again = []
 
-        async def notes(published):
+        async def notes(published, acts=()):
             again.append(published)
-            await announce(published)
+            await announce(published, acts)
 
         door.parts.trust.announce = notes
         door.operator().trust.Publish(message, timeout=10)

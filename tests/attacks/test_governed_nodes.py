@@ -7,40 +7,49 @@ client in it. The lies are told by replacing what the coordinator serves, past a
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from random import Random
 
+import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
 
 from coordinator.ca import certificate_pem, key_pem
 from infra.admin.proposals import (
+    propose_agreement,
     propose_emergency,
     propose_members,
     propose_plan,
     propose_policy,
     propose_rotation,
+    with_keys,
     with_status,
 )
 from node_agent.client import Connection
 from node_agent.keys import TlsIdentity
 from node_agent.trust import Trust
-from policies.trust import POLICY_DOCUMENT
+from policies.consortium import ConsortiumPolicy
+from policies.deciding import check_successor
+from policies.effect import POLICY_DOCUMENT
+from protocols.canonical import canonical_bytes
 from protocols.crypto.identity import Identity
 from protocols.errors import IntegrityError, NotReadyError
+from protocols.gen import trust_pb2
 from protocols.governance.approval import approve, statement_for
 from protocols.governance.building import serialize
 from protocols.governance.documents import Denials
 from protocols.governance.errors import TrustRefusedError
+from protocols.governance.keys import ed25519_key
 from protocols.governance.requests import open_request
 from protocols.identifiers import FederationId, NodeId
 from protocols.plan import Plan
 from tests.support.door import enrol_request, served
 from tests.support.plans import plan_value
-from tests.support.trust import World, card, private
+from tests.support.trust import World, card, private, public
 
 SITES = ["site-a", "site-b", "site-c"]
 
@@ -370,3 +379,201 @@ def test_a_root_of_another_federation(tmp_path):
         serve(door, other.files)
         with pytest.raises((TrustRefusedError, IntegrityError)):
             node.refresh()
+
+
+# -- the delay of a new policy -------------------------------------------------------------------
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+def patient(tmp_path):
+    """A federation whose policies wait for 72 hours."""
+    with served(tmp_path / "fed", governed=True) as door:
+        world = World()
+        waits = world.policy(governance__policy_delay_hours=72)
+        world.found_at(door, policy={POLICY_DOCUMENT: waits})
+        node = Node(door, tmp_path / "nodes")
+        node.refresh()
+        yield door, world, node
+
+
+def counts(node, after: timedelta) -> int:
+    """Which policy counts for the node so long from now."""
+    return node.trust.policy(datetime.now(UTC) + after).policy_version
+
+
+def next_policy(world, version=8, **changes):
+    values = {"policy_version": version, "governance__policy_delay_hours": 72} | changes
+    return propose_policy(world.base(), {POLICY_DOCUMENT: world.policy(**values)})
+
+
+def test_a_new_policy_counts_after_its_delay_and_the_old_one_until_then(patient):
+    door, world, node = patient
+    world.enact_at(door, next_policy(world), ["ana", "bruno"])
+    assert node.refresh().versions["policy"] == 2
+
+    assert (counts(node, 0 * HOUR), counts(node, 71 * HOUR), counts(node, 73 * HOUR)) == (7, 7, 8)
+    assert door.parts.trust.policy().policy_version == 7  # the coordinator holds it the same way
+
+    node.forget()  # a restart does not begin the delay again, nor end it
+    node.refresh()
+    assert (counts(node, 71 * HOUR), counts(node, 73 * HOUR)) == (7, 8)
+
+
+def test_a_leaf_that_is_dated_back_does_not_shorten_the_delay(patient):
+    """The coordinator says that the policy stood in the log for years. The node was there."""
+    door, world, node = patient
+    world.enact_at(door, next_policy(world), ["ana", "bruno"])
+    published = world.state.published
+    node.logged = lambda role, version: frozenset(
+        {published[(role, version)]} if (role, version) in published else set()
+    )
+    node.forget()
+    node.client(None).logged_at = lambda role, version: datetime(2020, 1, 1, tzinfo=UTC)
+    node.refresh()
+
+    assert (counts(node, 70 * HOUR), counts(node, 73 * HOUR)) == (7, 8)
+
+
+def test_the_table_in_force_counts_signatures_not_the_one_that_waits(patient):
+    """An amendment makes expulsions cheaper. Until it counts, they cost what they did."""
+    door, world, node = patient
+    cheaper = next_policy(world, governance__decisions__expel=2)
+    world.enact_at(door, cheaper, ["ana", "bruno", "carla"])
+    node.refresh()
+
+    members = with_status(world.state.members, "site-c", "expelled")
+    request = propose_members(world.base(), members, "expel")
+    with pytest.raises(grpc.RpcError, match="needs 3"):
+        world.enact_at(door, request, ["ana", "bruno"])
+    serve(door, world.publish(world.signed(request, ["ana", "bruno"])))
+    node.refuses("trust.majority")
+
+
+def test_an_emergency_waits_for_nothing(patient):
+    door, world, node = patient
+    world.enact_at(door, propose_plan(world.base(), plan()), ["ana", "bruno"])
+    world.enact_at(door, next_policy(world), ["ana", "bruno"])
+    deny = Denials(institutions=(), runs=(), plans=(), code=(), certificates=(), all_rounds=True)
+    notice = propose_emergency(world.base(), "stop", deny=deny, code="leak")
+    world.enact_at(door, notice, ["ana", "carla"])
+
+    node.refresh()
+    assert node.trust.refusal_for(plan()).rule == "trust.emergency"
+
+
+def test_an_invented_older_policy_is_not_read(patient):
+    """The old version is asked for by a node that comes late; a forged one is not believed."""
+    door, world, node = patient
+    request = next_policy(world)
+    world.enact_at(door, request, ["ana", "bruno"])
+    late = Node(door, node.folder.parent / "late", "site-b")
+    files = dict(world.files)
+    forged = world.signed(next_policy(world, 9, rounds__concurrent_max=9), ["ana"])
+    name = next(name for name in forged if name.endswith("policy.json"))
+    files["metadata/1.policy.json"] = forged[name]
+    files |= {name: data for name, data in forged.items() if name.startswith("targets/")}
+    serve(door, files)
+
+    late.refuses("trust.quorum")
+
+
+def test_a_node_that_comes_first_asks_who_read_the_programs(place):
+    """At its first contact there is nothing to compare with: the names must be those of admins."""
+    door, world, node = place
+    value = json.loads(world.policy(policy_version=8))
+    value["code"]["allowed"][0]["approved_by"] = ["ana", "nobody"]
+    request = propose_policy(world.base(), {POLICY_DOCUMENT: canonical_bytes(value)})
+    serve(door, world.publish(world.signed(request, EVERYBODY)))
+    late = Node(door, node.folder.parent / "late", "site-b")
+    assert "must have read it" in late.refuses("trust.quorum")
+
+
+# -- larger budgets --------------------------------------------------------------------------------
+
+
+def larger(world, version=8):
+    """A policy that gives site-b more than everybody has."""
+    more = [
+        {"institution": "site-b", "dataset_class": "sensitive", "eps_total_micro": 9_000_000,
+         "period": "P1Y"},
+        {"institution": "*", "dataset_class": "sensitive", "eps_total_micro": 2_000_000,
+         "period": "P1Y"},
+    ]  # fmt: skip
+    return world.policy(policy_version=version, privacy__budgets__overrides=more)
+
+
+def agreed(world, name="site-b", *, policy=None):
+    policy = ConsortiumPolicy.from_bytes(policy or larger(world))
+    key = ed25519_key(public(f"institution {name}"))
+    return propose_agreement(world.base(), name, policy), {f"institution {name}": key}
+
+
+EVERYBODY = ["ana", "bruno", "carla"]
+
+
+def test_a_larger_budget_needs_the_institution_itself(place):
+    door, world, node = place
+    raise_it = propose_policy(world.base(), {POLICY_DOCUMENT: larger(world)})
+    with pytest.raises(grpc.RpcError, match="site-b"):
+        world.enact_at(door, raise_it, EVERYBODY)
+    with pytest.raises(TrustRefusedError) as caught:  # an auditor asks the same
+        check_successor(world.state, world.verify(world.publish(world.signed(raise_it, EVERYBODY))))
+    assert caught.value.rule == "trust.consent"
+    serve(door, world.publish(world.signed(raise_it, EVERYBODY)))
+    node.refuses("trust.consent")
+
+
+def test_with_its_agreement_it_is_raised(place):
+    door, world, node = place
+    request, keys = agreed(world)
+    world.enact_at(door, request, ["institution site-b"], keys)
+    raise_it = propose_policy(world.base(), {POLICY_DOCUMENT: larger(world)})
+    world.enact_at(door, raise_it, EVERYBODY)
+
+    assert node.refresh().versions["policy"] == 2
+    assert node.trust.policy(datetime.now(UTC)).policy_version == 8
+
+
+@pytest.mark.parametrize("by", ["ana", "institution site-a"])
+def test_nobody_agrees_for_another(place, by):
+    door, world, node = place
+    request, keys = agreed(world)
+    keys = keys | {"institution site-a": ed25519_key(public("institution site-a"))}
+    opened = open_request(request, trusted_root=None, now=world.now)
+    known = {item.holder.person: item.public for item in world.cards} | keys
+    candidate = opened.candidates[0]
+    candidate.metadata.sign(CryptoSigner(private(by), known[by]))
+    files = {**request.candidate_files(), candidate.name: serialize(candidate.metadata)}
+    message = trust_pb2.PublishTrustRequest(files=files)
+    with pytest.raises(grpc.RpcError, match="must sign"):
+        door.operator().trust.Publish(message, timeout=20)
+    raise_it = propose_policy(world.base(), {POLICY_DOCUMENT: larger(world)})
+    serve(door, world.publish({**files, **world.signed(raise_it, EVERYBODY)}))
+    node.refuses("trust.consent")
+
+
+def test_an_agreement_is_to_one_policy(place):
+    """It agreed to nine; ten is another policy."""
+    door, world, _ = place
+    request, keys = agreed(world)
+    world.enact_at(door, request, ["institution site-b"], keys)
+    other = larger(world).replace(b"9000000", b"9900000")
+    with pytest.raises(grpc.RpcError, match="site-b"):
+        world.enact_at(door, propose_policy(world.base(), {POLICY_DOCUMENT: other}), EVERYBODY)
+
+
+def test_whoever_published_can_still_be_expelled_and_change_its_keys(place):
+    """Its own role would otherwise keep it in: nobody else can sign it again."""
+    door, world, node = place
+    for name in ("site-b", "site-c"):
+        request, keys = agreed(world, name)
+        world.enact_at(door, request, [f"institution {name}"], keys)
+    members = with_keys(world.state.members, "site-c", [public("new key of site-c").hex()])
+    world.enact_at(door, propose_members(world.base(), members, "keys"), EVERYBODY)
+    assert node.refresh().members.keys_of(NodeId("site-c"))
+
+    members = with_status(world.state.members, "site-b", "expelled")
+    world.enact_at(door, propose_members(world.base(), members, "expel"), EVERYBODY)
+    assert node.refresh().members.get("site-b").status == "expelled"

@@ -8,6 +8,7 @@ import pytest
 
 from coordinator.drivers.retention import RetentionDriver
 from tests.support.door import served
+from tests.support.policies import policy
 from tests.support.secure_nodes import STEPS, SecureRound
 
 
@@ -50,3 +51,23 @@ def test_uploads_outlive_their_round_by_their_retention(play):
 def test_uploads_of_a_round_that_is_not_over_stay(play):
     play.all(*STEPS[: STEPS.index("commit")])
     assert removed(play, timedelta(days=365)) == 0
+
+
+def test_the_signed_policy_says_how_long_not_the_operators_file(play):
+    """Thirty days in config.toml; the admins signed for 365."""
+    play.all(*STEPS)
+    play.until_open()
+    door, signed = play.door, policy(**{"retention.round_artifacts_days": 365})
+
+    def left(days: int) -> int:
+        driver = RetentionDriver(
+            ledger=door.parts.ledger,
+            clock=Later(timedelta(days=days)),
+            spool=door.config.spool,
+            days=30,
+            policy=lambda: signed,
+        )
+        return door.call(driver.pass_once())
+
+    assert left(364) == 0
+    assert left(365) == 3

@@ -14,6 +14,8 @@ SAYS = {
     "expel": [
         "needs 3 [trust_refused: trust.quorum]",
         "pe-escuela has joined, and its node has a connection open",
+        "pe-escuela was not heard",
+        "[trust_refused: trust.hearing]",
         "in force: expels pe-escuela",
         "on the connection that pe-escuela had open: pe-escuela is expelled",
         "a new invitation for it is refused: pe-escuela is expelled",
@@ -29,6 +31,8 @@ SAYS = {
         "it needs 2 of 3 signatures",
         "Epsilon of one round, at most: from 50 to 60 (looser).",
         "policy 3 is signed for 2 institutions, what it changes needs 3",
+        "[trust_refused: trust.consent]",
+        "in force: Epsilon of one round, at most: from 50 to 60 (looser).",
     ],
 }
 

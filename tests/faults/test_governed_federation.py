@@ -28,7 +28,7 @@ from infra.runs.submission import submit
 from node_agent.cli.showing import journal_facts
 from node_agent.code_digest import installed_code
 from policies.consortium import ConsortiumPolicy
-from policies.trust import POLICY_DOCUMENT
+from policies.effect import POLICY_DOCUMENT
 from protocols.governance.documents import Denials
 from protocols.governance.keys import Holder
 from protocols.identifiers import FederationId, NodeId, RunId

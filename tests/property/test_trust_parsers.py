@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from infra.admin.keys import Card
 from infra.admin.proposals import propose_policy
-from policies.trust import POLICY_DOCUMENT, compare_documents
+from policies.effect import POLICY_DOCUMENT
+from policies.trust import compare_documents
 from protocols.enrolment import Invitation
 from protocols.errors import FederationError
 from protocols.governance.approval import Approval, Statement

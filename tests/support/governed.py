@@ -102,6 +102,8 @@ def facts(**changes: Any) -> Facts:
         "now": NOW,
         "members": {name: Member(country=c, status="active") for name, c in COUNTRY.items()},
         "witness_quorum": 7,
+        "auditors": 1,
+        "accountant": "0.6.0",
     }
     return Facts(**values | changes)
 

@@ -22,7 +22,7 @@ import policies.example
 from coordinator.trust_repository import ONLINE_KEY, load_online_key
 from infra.admin.keys import Card
 from infra.admin.proposals import Base, Founding, _needed, propose_founding, read_files
-from policies.trust import POLICY_DOCUMENT
+from policies.effect import POLICY_DOCUMENT
 from protocols.canonical import canonical_bytes
 from protocols.gen import trust_pb2
 from protocols.governance import roles
@@ -104,6 +104,8 @@ def policy_bytes(
     value["governance"]["override"]["threshold"] = threshold
     value["governance"]["release_board"] = {"n": 3, "threshold": 2}
     value["governance"]["emergency"]["threshold"] = 2
+    value["governance"]["policy_delay_hours"] = 0  # tests of the delay ask for one
+    value["governance"]["decisions"]["amendment_notice_days"] = 0
     for code in value["code"]["allowed"]:
         code["approved_by"] = list(approvers)
     for path, changed in changes.items():

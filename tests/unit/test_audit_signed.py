@@ -20,8 +20,8 @@ from infra.admin.proposals import (
 )
 from policies.audit.records import Result
 from policies.audit.verify import Audit, audit
+from policies.effect import POLICY_DOCUMENT
 from policies.overrides import Override
-from policies.trust import POLICY_DOCUMENT
 from protocols.canonical import sha256_hex
 from protocols.governance.documents import time_text
 from protocols.governance.repository import parse_metadata

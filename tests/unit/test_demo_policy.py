@@ -11,10 +11,11 @@ from infra.demo.policy import TERMS, country_of, demo_policy, demo_site_policy
 from infra.demo.training import demo_plan
 from node_agent.code_digest import code_digest, installed_code, source_files
 from node_agent.config import DataConfig
-from node_agent.governed import InForce, Situated, decide_governed
+from node_agent.governed import Situated, decide_governed
 from node_agent.site_policy import STARTING_RULES, load_site_rules
 from policies.consortium import ConsortiumPolicy
 from policies.drafting import terms_value
+from policies.in_force import InForce
 from policies.plan_terms import Member
 from protocols.errors import PlanRefusedError
 from protocols.identifiers import Digest, FederationId, NodeId

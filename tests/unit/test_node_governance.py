@@ -14,7 +14,7 @@ from infra.admin.proposals import propose_emergency, propose_override, propose_p
 from infra.demo.policy import TERMS, demo_site_policy
 from node_agent.code_digest import installed_code
 from node_agent.config import DataConfig
-from node_agent.governance import Governance, micro
+from node_agent.governance import Governance
 from node_agent.governed import Approval, write_approval
 from node_agent.journal import Journal
 from node_agent.models import Models
@@ -22,8 +22,10 @@ from node_agent.site_policy import STARTING_RULES
 from policies.consortium import ConsortiumPolicy
 from policies.document import MAX_NUMBER
 from policies.drafting import terms_value
+from policies.effect import POLICY_DOCUMENT
 from policies.overrides import Override
-from policies.trust import POLICY_DOCUMENT, compare
+from policies.privacy.micro import micro
+from policies.trust import compare
 from protocols.canonical import canonical_bytes
 from protocols.cohort import terms_of
 from protocols.governance.documents import Denials, time_text
@@ -100,7 +102,8 @@ class Node:
         self.site = SimpleNamespace(
             folder=self.node, config=self.config, journal=self.journal, node=NodeId("site-a"),
             models=Models(self.node.models), now=lambda: self.now, monotonic=lambda: 0.0,
-            trust=SimpleNamespace(state=self.world.state), privacy=None, log=None,
+            trust=SimpleNamespace(state=self.world.state, policy=lambda _: self.policy),
+            privacy=None, log=None,
         )  # fmt: skip
         self.governance = Governance(self.site)
 
@@ -249,6 +252,29 @@ def test_hours_days_and_other_runs_are_found_in_the_journal(node):
     assert node.rule() is None
 
 
+@pytest.mark.parametrize(
+    ("used", "rule"),
+    [
+        ({"gpu_ms": 60_000, "cpu_ms": 0, "energy_mwh": 0, "source": "measured"}, None),
+        ({"gpu_ms": 60_001, "cpu_ms": 0, "energy_mwh": 0, "source": "measured"}, "site.gpu_day"),
+        ({"gpu_ms": 0, "cpu_ms": 9, "energy_mwh": 0, "source": "none"}, "site.energy_day"),
+        ({"gpu_ms": 0, "cpu_ms": 9, "energy_mwh": 5_000_000, "source": "estimated"}, None),
+        ({"gpu_ms": 0, "cpu_ms": 9, "energy_mwh": 5_000_001, "source": "measured"},
+         "site.energy_day"),
+    ],
+)  # fmt: skip
+def test_a_day_counts_what_a_round_used_once_that_is_known(node, used, rule):
+    """The plan may use 2880000 minutes and 40000000 Wh; the round took one minute, or 5 kWh."""
+    plan = node.plan()
+    text = node.text.replace('gpu_minutes_day = "consortium"', "gpu_minutes_day = 2880001")
+    node.write(text.replace('energy_wh_day = "consortium"', "energy_wh_day = 40005000"))
+    node.journal.add_run(plan)
+    first = RoundId(RunId("r1"), 0)
+    node.journal.add_decision(first, index=0, start_root=Digest(BASE), refusal=None)
+    node.journal.add_outcome(first, left=None, update=Digest("3" * 64), detail={"used": used})
+    assert node.rule() == rule
+
+
 def test_a_round_too_soon_after_the_last(node):
     node.replace_policy(rounds__min_interval_min=60)
     assert node.rule() is None
@@ -261,10 +287,14 @@ def test_a_round_too_soon_after_the_last(node):
 
 
 def test_fewer_witnesses_than_the_policy_asks_for(node):
-    node.site.log = SimpleNamespace(verifier=SimpleNamespace(demanded=lambda: 6))
+    node.site.log = SimpleNamespace(
+        verifier=SimpleNamespace(demanded=lambda: 6, auditors=lambda: 1)
+    )
     assert node.rule() == "log.witnesses"
     node.site.log.verifier.demanded = lambda: 7
     assert node.rule() is None
+    node.site.log.verifier.auditors = lambda: 0
+    assert node.rule() == "log.auditor"
 
 
 def test_a_person_is_waited_for(node):

@@ -16,12 +16,10 @@ from node_agent.config import DataConfig
 from node_agent.doctor import check_policy
 from node_agent.governed import (
     Approval,
-    InForce,
     Situated,
     approval_missing,
     decide_governed,
     decide_site_alone,
-    members_of,
     read_approval,
     refusal_of,
     write_approval,
@@ -30,6 +28,7 @@ from node_agent.journal import Journal
 from node_agent.site_policy import STARTING_RULES, load_site_rules, starting_policy
 from node_agent.status import STATUS_SCHEMA
 from policies.decision import Allowed
+from policies.in_force import InForce, members_of
 from policies.plan_terms import Member
 from protocols.errors import ConfigurationError, NotFoundError, NotPermittedError
 from protocols.governance.documents import Emergency, Members
@@ -41,7 +40,7 @@ from tests.support.policies import example
 LATE = datetime(2026, 12, 3, 2, 0, tzinfo=UTC)  # Wednesday, 23:00 in Santiago
 MEMBERS = {name: Member(country=country, status="active") for name, country in COUNTRY.items()}
 IN_FORCE = InForce(policy=example(), members=MEMBERS)
-AT = Situated(now=LATE, log_witnessed=True, witness_quorum=7)
+AT = Situated(now=LATE, log_witnessed=True, witness_quorum=7, auditors=1)
 
 
 def toml(value):

@@ -159,15 +159,6 @@ def test_a_policy_counts_between_its_dates():
     assert example().in_force(datetime(2027, 3, 1, tzinfo=UTC)).rules == ("policy.expired",)
 
 
-def test_a_new_policy_waits_for_its_delay():
-    published = datetime(2026, 12, 5, tzinfo=UTC)
-
-    assert example().takes_effect(published) == published + timedelta(hours=72)
-    assert example().takes_effect(datetime(2026, 1, 1, tzinfo=UTC)) == datetime(
-        2026, 11, 1, tzinfo=UTC
-    )
-
-
 @pytest.mark.parametrize(
     ("minute", "start", "end", "is_in"),
     [

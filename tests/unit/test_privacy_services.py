@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from infra.runs.facts import read_run_facts, run_to_json
@@ -13,6 +15,7 @@ from protocols.errors import NotPermittedError, PlanRefusedError
 from protocols.gen import admin_pb2
 from protocols.identifiers import NodeId
 from tests.support.ledgers import NODES
+from tests.support.policies import policy
 from tests.support.spine_world import AS, PERSON, A, B, story
 
 KEYS = {node: f"{i + 1:x}" * 64 for i, node in enumerate(NODES)}
@@ -78,6 +81,31 @@ def test_a_join_beyond_the_federations_budget_is_refused_at_the_door():
             await w.join(A)
         assert refused.value.rule == "privacy.budget"
         await w.join(B)
+
+    story(play, **PRIVATE)
+
+
+@pytest.mark.parametrize(
+    ("written", "signed", "rule"),
+    [
+        (100.0, 1_000_000, "privacy.budget"),  # the operator gives more than the admins signed
+        (1.0, 100_000_000, "privacy.budget"),  # or less
+        (100.0, 0, "privacy.budget"),
+        (100.0, 100_000_000, None),
+    ],
+)
+def test_of_the_signed_budget_and_the_operators_the_tighter_counts(written, signed, rule):
+    in_force = policy({"privacy.budgets.default.eps_total_micro": signed})
+
+    async def play(w):
+        w.spine.rounds._caps = caps(written)
+        w.spine.rounds._trust = SimpleNamespace(policy=lambda: in_force)
+        if rule is None:
+            await w.join(A)
+            return
+        with pytest.raises(PlanRefusedError) as refused:
+            await w.join(A)
+        assert refused.value.rule == rule
 
     story(play, **PRIVATE)
 

@@ -23,7 +23,8 @@ from infra.admin.proposals import (
     propose_rotation,
     with_status,
 )
-from policies.trust import POLICY_DOCUMENT, check_successor, preview
+from policies.deciding import check_successor, preview
+from policies.effect import POLICY_DOCUMENT
 from protocols.canonical import canonical_bytes
 from protocols.errors import DigestMismatchError, MalformedMessageError
 from protocols.governance import roles
