@@ -237,9 +237,7 @@ class Trust:
             self._signed = frozenset(state.members.active())
             self._check_log(state)
             if before is not None and self.heard is not None:
-                published = self._at(before, {})(
-                    roles.MEMBERSHIP, state.versions[roles.MEMBERSHIP]
-                )
+                published = self._at(before, {})(roles.MEMBERSHIP, state.versions[roles.MEMBERSHIP])
                 check_hearings(before.members, state.members, self.heard, published)
             self._keep(state)
             return state, history, changes

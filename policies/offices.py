@@ -62,8 +62,11 @@ def count_in_office(before: TrustState | None, after: TrustState, now: datetime)
             for holder in quorum.signed
             if (why := out_of_office(lists, holder.person, now)) is not None
         }
+        holders = after.charter.holders
         counted = replace(
-            quorum, signed=tuple(holder for holder in quorum.signed if holder not in out)
+            quorum,
+            signed=tuple(holder for holder in quorum.signed if holder not in out),
+            keys=tuple(key for key in quorum.keys if holders.get(key) not in out),
         )
         if out and counted.missing is not None:
             raise TrustRefusedError(
