@@ -97,6 +97,20 @@ def test_a_federation_is_founded_and_its_policy_changed(desk):
         run("policy", "sign", "looser.request", "--key", "keys/admin-cl", "--yes")
         facts = json.loads(run("policy", "show", "looser.request", "--json"))
         assert facts["missing"] == []
+        run("policy", "publish", "looser.request", "--dir", "fed", fails=TrustRefusedError,
+            says="each must agree")  # fmt: skip
+        assert facts["must_agree"]
+        for site in facts["must_agree"]:  # each institution by itself, with its own key
+            run("policy", "agree", "looser.request", site, "--repo", tuf, "--out", f"{site}.agrees")
+            run("policy", "sign", f"{site}.agrees", "--key", f"keys/{site}", "--yes")
+            run(
+                "policy",
+                "publish",
+                f"{site}.agrees",
+                "--dir",
+                "fed",
+                says=f"budget-{value['policy_version']}",
+            )
         run("policy", "publish", "looser.request", "--dir", "fed", says="from 8 to 9")
 
         run(
