@@ -99,7 +99,7 @@ class Bench:
             ranks=self.changes.get("ranks", 1),
             environment={"OMP_NUM_THREADS": "1"},
             slurm=self.slurm.slurm,
-            start_within_s=60.0,
+            start_within_s=self.changes.get("start_within_s", 300.0),
             hangs_after_s=self.changes.get("hangs_after_s", 60.0),
             rng=rng(),
             backoff=Backoff(first_s=0.01, cap_s=0.02),

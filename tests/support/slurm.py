@@ -1,4 +1,7 @@
-"""A private cluster of one node for tests: munged, slurmctld and slurmd in a temporary folder.
+"""A private cluster for tests: munged, slurmctld and one slurmd a node in a temporary folder.
+
+Debian builds Slurm so that several slurmd of one machine are several nodes, each with its own name,
+port and folders. Nodes are named as this machine is, because torchrun looks their names up.
 
 Own ports, own munge socket and key, own slurm.conf: nothing of the machine's is used or changed,
 and exactly what was started is stopped. Needs Debian's slurm-wlm and munge, and root (slurmd runs
@@ -23,7 +26,7 @@ from node_agent.launchers.processes import end_family
 from node_agent.launchers.slurm_commands import Slurm, slurm_environment
 from node_agent.resident import Process
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -104,9 +107,23 @@ def wait(condition, what: str, patience_s: float = PATIENCE_S) -> None:
         time.sleep(0.1)
 
 
-def _configuration(folder: Path, controller: int, node: int) -> str:
+def _names(nodes: int) -> list[str]:
+    """Names of nodes that all lead to this machine."""
+    known = [socket.gethostname(), "localhost"]
+    if nodes > len(known):
+        raise ValueError(f"at most {len(known)} nodes")
+    return known[:nodes]
+
+
+def _configuration(folder: Path, controller: int, ports: list[int]) -> str:
     host = socket.gethostname()
     cores = os.cpu_count() or 1
+    names = _names(len(ports))
+    nodes = "\n".join(
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cores}"
+        " State=UNKNOWN"
+        for name, port in zip(names, ports, strict=True)
+    )
     return f"""\
 ClusterName=minga
 SlurmctldHost={host}(127.0.0.1)
@@ -115,13 +132,12 @@ AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 SlurmUser=root
 SlurmctldPort={controller}
-SlurmdPort={node}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/slurmd
+SlurmdSpoolDir={folder}/d-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -133,20 +149,26 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf
 JobRequeue=1
 KillWait=15
 MinJobAge=300
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} State=UNKNOWN
-PartitionName=arica Nodes={host} Default=YES MaxTime=1:00:00 State=UP
+{nodes}
+PartitionName=arica Nodes={",".join(names)} Default=YES MaxTime=1:00:00 State=UP
 """
 
 
+def _ports(nodes: int) -> tuple[int, list[int]]:
+    controller, *others = _free_ports(1 + nodes)
+    return controller, others
+
+
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
-    """Start a cluster of one node; stop it."""
-    for name in ("state", "slurmd"):
+def cluster(folder: Path, *, nodes: int = 1) -> Iterator[Cluster]:
+    """Start a cluster; stop it."""
+    # The names of sockets in there may have 108 bytes.
+    for name in ("state", *(f"d-{node}" for node in _names(nodes))):
         (folder / name).mkdir(parents=True)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(64))
     key.chmod(0o600)
-    (folder / "slurm.conf").write_text(_configuration(folder, *_free_ports(2)))
+    (folder / "slurm.conf").write_text(_configuration(folder, *_ports(nodes)))
     environment = {
         **os.environ,
         "PATH": _PATH,
@@ -159,8 +181,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     ]
     commands = (["munged", "--foreground", "--force", *munge], ["slurmctld", "-D", "-c"])
     try:
-        for command in (*commands, ["slurmd", "-D"]):
-            with (folder / f"{command[0]}.out").open("wb") as out:
+        for command in (*commands, *(["slurmd", "-D", "-N", node] for node in _names(nodes))):
+            with (folder / f"{len(made.daemons)}-{command[0]}.out").open("wb") as out:
                 made.daemons.append(
                     subprocess.Popen(command, env=environment, stdout=out, stderr=out)
                 )
@@ -169,10 +191,11 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
         def idle() -> bool:
             with suppress(AssertionError):
-                return "idle" in made.run("sinfo", "--noheader", "--format=%T")
+                states = made.run("sinfo", "--noheader", "--Node", "--format=%T").split()
+                return states == ["idle"] * nodes
             return False
 
-        wait(idle, "the node to be idle")
+        wait(idle, "the nodes to be idle")
         yield made
         with suppress(AssertionError):
             made.until_idle()
