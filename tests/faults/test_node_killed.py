@@ -49,7 +49,7 @@ INSTANTS = (
     "confirm_answered:after",
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def launch(folder: Path, at: str) -> subprocess.Popen[bytes]:

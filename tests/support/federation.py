@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 CLOCK = "clock"  # file beside coordinator/ that says how far its clock is off
 GRID = 10  # exponent of the fixed scale: 1,024 steps per 1.0
 ON_GRID = 2.0**-GRID  # one step
-PATIENCE_S = 120.0  # a busy machine; nothing waits for it when all goes well
+PATIENCE_S = 180.0  # a busy machine; nothing waits for it when all goes well
 
 __all__ = ["COORDINATOR", "Running", "running"]
 
@@ -110,12 +110,12 @@ class Running:
             "local_step": {"kind": "synthetic", "synthetic": {"delta": delta}},
             "vector": {"ring_bits": 20, "scale": {"mode": "fixed", "exponent": GRID}},
             "deadlines": {
-                "join": 60,
-                "train": 60,
-                "deal": 60,
-                "upload": 60,
-                "commit": 60,
-                "reveal": 60,
+                "join": 120,
+                "train": 120,
+                "deal": 120,
+                "upload": 120,
+                "commit": 120,
+                "reveal": 120,
             },
         }
         return self.submit_written(folder, written | changes)

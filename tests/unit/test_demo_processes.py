@@ -112,7 +112,7 @@ def test_a_second_ctrl_c_leaves_nobody_behind(tmp_path):
     demo.send_signal(signal.SIGINT)
     time.sleep(0.5)
     demo.send_signal(signal.SIGINT)
-    demo.communicate(timeout=60)
+    demo.communicate(timeout=180)
 
     assert alive([child]) == frozenset()
 
