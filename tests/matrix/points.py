@@ -209,6 +209,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "tx:sum_failed": "a sum that cannot be opened; tests/unit, tests/simulation",
     "tx:leave": "a node whose work failed; tests/faults/test_node_agent.py",
     "file:node_agent.bulk.fetch#": "large blobs only; tests/faults/test_node_killed.py",
+    "file:node_agent.carry.": "work that came too late; tests/property/test_carry.py",
     "file:node_agent.cli.joining.": "`node join`, run by hand; may be repeated",
     "file:node_agent.governed.write_approval#": "`node approve`, run by hand",
     "file:node_agent.keys.write_secret#": "`node join` and renewals; may be repeated",
@@ -228,6 +229,12 @@ ELSEWHERE: Final[dict[str, str]] = {
         "private plans; tests/faults/test_private_federation.py"
     ),
 }
+# Points that `make faults` visits (in open sums, and by its errands) and that its last run, which
+# was cut short, did not come to: a debt. An entry that was visited meanwhile fails the test.
+NOT_YET: Final = frozenset(
+    {"tx:deadline", "tx:decline", "tx:enrol", "tx:heartbeat", "tx:invite", "tx:ready"}
+    | {"tx:renew_lease", "tx:stop_run"}
+)
 WORKER: Final = "the worker: tests/faults/test_launcher_local.py and test_demo_kill.py"
 
 

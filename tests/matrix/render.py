@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tests.matrix.points import ELSEWHERE, WORKER, Part, commit_points
+from tests.matrix.points import ELSEWHERE, NOT_YET, WORKER, Part, commit_points
 
 ROOT: Final = Path(__file__).parents[2]
 OUT: Final = ROOT / "build" / "faults"
@@ -20,6 +20,9 @@ PHASES: Final = (
     *("Released", "Aborted", "Burned", "no database"),
 )
 COLUMNS: Final = ("fault", "victim", "phase", "mode", "database", "outcome", "went_on_s", "point")
+
+
+_DEBT: Final = "**not visited yet**: the last run of `make faults` was cut short before it"
 
 
 def merge() -> None:
@@ -203,4 +206,5 @@ def _elsewhere() -> list[str]:
     ]
     lines += [f"| `{name}` | {why} |" for name, why in sorted(ELSEWHERE.items())]
     lines += [f"| `{name}` | {WORKER} |" for name in sorted(commit_points("worker"))]
+    lines += [f"| `{name}` | {_DEBT} |" for name in sorted(NOT_YET)]
     return [*lines, ""]
