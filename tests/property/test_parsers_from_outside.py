@@ -31,6 +31,7 @@ from policies import document as policy_document
 from policies.cedar import consortium_text, schema_text
 from policies.cedar.engine import read_rules
 from policies.consortium import ConsortiumPolicy
+from policies.effect import read_times
 from policies.governance import parse_charter
 from policies.overrides import Override
 from policies.privacy.claim import Claim
@@ -259,6 +260,7 @@ SEEDS: dict[str, tuple[bytes, Parse]] = {
         ),
     ),
     "protocols/upload.py:UploadHeader.from_bytes": (HEADER.to_bytes(), UploadHeader.from_bytes),
+    "policies/effect.py:read_times": (b"7 2026-12-01T00:00:00Z\n", read_times),
     "policies/cedar/engine.py:read_rules": (
         consortium_text().encode(),
         text(lambda item: read_rules(item, prefix="fed.", schema=schema_text(), what="f")),
