@@ -69,6 +69,7 @@ from protocols.errors import (
     NotEnrolledError,
     NotFoundError,
     NotReadyError,
+    StorageFullError,
 )
 from protocols.gen import rounds_pb2
 from protocols.identifiers import RoundId, RunId
@@ -551,6 +552,9 @@ class Agent:
         except FederationError as error:
             # Mostly: the round has moved on. The next view says what to do instead.
             self._postpone(action, error, at_least=2.0, await_news=True)
+        except OSError as error:  # most likely a full disk: nothing was said that is not kept
+            room = StorageFullError(f"{error.filename or 'a file'}: {error.strerror or error}")
+            self._postpone(action, room, at_least=2.0, await_news=False)
         except asyncio.CancelledError:
             raise
         except Exception:  # a bug must not end the node's other work

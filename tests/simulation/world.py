@@ -9,26 +9,31 @@ submission) is done once for each setting; every simulation starts from a copy.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextvars
 import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import grpc
 import numpy as np
 
 from coordinator import app, setup
 from coordinator.blobs import Blobs
 from coordinator.clock import ManualClock
 from coordinator.config import CoordinatorConfig, load_config
+from coordinator.ledger import ledger as ledger_module
 from infra.runs.operator import find_operator
 from node_agent import config as node_config
 from node_agent import log as node_log
@@ -47,6 +52,7 @@ from node_agent.privacy_ledger import PrivacyLedger
 from node_agent.site import Site
 from node_agent.spool import Spool
 from protocols.enrolment import Invitation
+from protocols.errors import FederationError, IntegrityError
 from protocols.gen import admin_pb2, admin_pb2_grpc
 from protocols.identifiers import FederationId, NodeId, RunId
 from protocols.plan import Plan
@@ -55,6 +61,7 @@ from protocols.tensors.manifest import Manifest, TensorSpec
 from protocols.tensors.scales import initial_scales
 from protocols.tensors.snapshot import Snapshot
 from tests.simulation.engine import EPOCH, PROCESS, Loop, Process, watched_disk
+from tests.simulation.quick import quick
 from tests.simulation.trainer import EXPONENT, Trainer
 from tests.simulation.wire import Network, patched_grpc
 
@@ -73,20 +80,37 @@ class Setting:
 
     mode: str = "open"  # "open" | "masked" | "private"
     log: bool = False
-    rounds: int = 2
+    nodes: int = 4
+    rounds: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the nodes."""
+        return NAMES[: self.nodes]
+
+    @property
+    def masked(self) -> bool:
+        """Whether sums are secure ones."""
+        return self.mode != "open"
 
 
-SETTINGS = tuple(Setting(mode, log) for mode in ("open", "masked", "private") for log in (False, True))
+OPEN = Setting("open", nodes=3, rounds=2)
+LOGGED = Setting("open", log=True, nodes=3)
+MASKED = Setting("masked")
+MASKED_LOGGED = Setting("masked", log=True)
+PRIVATE = Setting("private")
+PRIVATE_LOGGED = Setting("private", log=True)
+SETTINGS = (OPEN, LOGGED, MASKED, MASKED_LOGGED, PRIVATE, PRIVATE_LOGGED)
 
 
 def plan_value(setting: Setting, keys: dict[str, str], initial: str) -> dict[str, Any]:
     """The plan of a setting as a JSON value."""
-    masked = setting.mode != "open"
+    masked = setting.masked
     value: dict[str, Any] = {
         "federation": "sim",
         "run": RUN,
         "mode": {"open": "open", "masked": "aggregate-only", "private": "record-local"}[setting.mode],
-        "roster": list(NAMES),
+        "roster": list(setting.names),
         "min_participants": 3 if masked else 2,
         "rounds": setting.rounds,
         "model": {"family": "vector", "manifest": MANIFEST.digest, "initial": initial},
@@ -114,47 +138,87 @@ def plan_value(setting: Setting, keys: dict[str, str], initial: str) -> dict[str
     return value
 
 
-# -- one node --------------------------------------------------------------------------------------
+# -- who may die -----------------------------------------------------------------------------------
+
+RESTART = 2.0  # seconds until a supervisor starts again what ended by itself
 
 
-@dataclass(slots=True)
-class Node:
-    """One institution: its folder, and the agent that works there now, if one does."""
+@dataclass(slots=True, kw_only=True)
+class Victim:
+    """A program that is started on what is on disk, as often as it dies."""
 
     name: str
-    folder: NodeFolder
     world: World
     process: Process | None = None
-    site: Site | None = None
-    agent: Agent | None = None
-    stopped: str = ""  # why the agent ended by itself
-    seeds: Random = field(default_factory=Random)
+    again: float | None = None  # seconds from its death to its next start; None: not by itself
+    stopped: str = ""  # why it ended by itself
+    skew: timedelta = timedelta()
+    full: bool = False
 
     @property
     def up(self) -> bool:
+        """Whether it runs."""
         return self.process is not None and not self.process.dead
 
     def start(self) -> None:
-        """Start an agent on what is on disk."""
+        """Start it, unless it runs."""
         if self.up:
             return
         self.stopped = ""
-        before = self.process
         self.process = Process(self.name, self.world.loop, self.world.died)
-        if before is not None:
-            self.process.skew, self.process.full = before.skew, before.full
-        self.process.spawn(self._live(self.process), f"agent {self.name}")
+        self.process.skew, self.process.full = self.skew, self.full
+        self.process.spawn(self._live(self.process), self.name)
 
     async def _live(self, process: Process) -> None:
         try:
-            with FolderLock(self.folder, pid=1):
-                self.site = self._open(process)
-                self.agent = Agent(self.site)
-                await self.agent.run()
+            await self.work(process)
         except Exception as error:  # it would end with an exit status and a sentence
             if not process.dead:
                 self.stopped = f"{type(error).__name__}: {error}"
+                if not isinstance(error, FederationError | OSError):
+                    self.world.bugs.append(f"{self.name}: {traceback.format_exc()}")
+                if not isinstance(error, IntegrityError):
+                    self.again = RESTART
                 process.kill()
+
+    async def work(self, process: Process) -> None:
+        """What it does."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """What the kernel does for a process that died."""
+        raise NotImplementedError
+
+    def set_clock(self, skew: timedelta) -> None:
+        """Its wall clock minus the true time."""
+        self.skew = skew
+        if self.process is not None:
+            self.process.skew = skew
+
+    def set_full(self, full: bool) -> None:
+        """Its disk."""
+        self.full = full
+        if self.process is not None:
+            self.process.full = full
+
+
+# -- one node --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class Node(Victim):
+    """One institution: its folder, and the agent that works there now, if one does."""
+
+    folder: NodeFolder
+    site: Site | None = None
+    agent: Agent | None = None
+    seeds: Random = field(default_factory=Random)
+
+    async def work(self, process: Process) -> None:
+        with FolderLock(self.folder, pid=1):
+            self.site = self._open(process)
+            self.agent = Agent(self.site)
+            await self.agent.run()
 
     def _open(self, process: Process) -> Site:
         folder, loop = self.folder, self.world.loop
@@ -226,41 +290,17 @@ class Node:
 # -- the coordinator -------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Coordinator:
-    """``minga coordinator serve``, as often as it is started."""
+@dataclass(slots=True, kw_only=True)
+class Coordinator(Victim):
+    """``minga coordinator serve``."""
 
     config: CoordinatorConfig
-    world: World
-    process: Process | None = None
     parts: app.Parts | None = None
-    stopped: str = ""
 
-    @property
-    def up(self) -> bool:
-        return self.process is not None and not self.process.dead
-
-    def start(self) -> None:
-        """Start it on what is on disk."""
-        if self.up:
-            return
-        self.stopped = ""
-        before = self.process
-        self.process = Process(COORDINATOR, self.world.loop, self.world.died)
-        if before is not None:
-            self.process.skew, self.process.full = before.skew, before.full
-        self.process.spawn(self._live(self.process), COORDINATOR)
-
-    async def _live(self, process: Process) -> None:
-        try:
-            await app.serve(self.config, _Clock(process))
-        except Exception as error:
-            if not process.dead:
-                self.stopped = f"{type(error).__name__}: {error}"
-                process.kill()
+    async def work(self, process: Process) -> None:
+        await app.serve(self.config, _Clock(process))
 
     def release(self) -> None:
-        """What the kernel does for a process that died."""
         parts, self.parts = self.parts, None
         if parts is not None:
             parts.ledger._close()  # noqa: SLF001 - lets go of the file, and of nothing else
@@ -286,52 +326,59 @@ class World:
         self.loop = Loop(Random(f"loop {seed}"), jitter=jitter)
         self.network = Network(self.loop, Random(f"network {seed}"))
         self.coordinator = Coordinator(
-            load_config(folder / "coordinator" / "config.toml"), self
+            name=COORDINATOR,
+            world=self,
+            config=load_config(folder / "coordinator" / "config.toml"),
         )
         self.nodes = {
-            name: Node(name, NodeFolder(folder / "nodes" / name), self, seeds=Random(f"{name} {seed}"))
-            for name in NAMES
+            name: Node(
+                name=name,
+                world=self,
+                folder=NodeFolder(folder / "nodes" / name),
+                seeds=Random(f"{name} {seed}"),
+            )
+            for name in setting.names
         }
         self.deaths = 0
+        self.refused_writes = 0
         self.bugs: list[str] = []  # tracebacks that somebody logged
 
-    def victim(self, name: str) -> Node | Coordinator:
+    @property
+    def victims(self) -> tuple[Victim, ...]:
+        """Everybody."""
+        return (self.coordinator, *self.nodes.values())
+
+    def victim(self, name: str) -> Victim:
         """Who has that name."""
         return self.coordinator if name == COORDINATOR else self.nodes[name]
 
     def died(self, process: Process) -> None:
         """Clear up after a process, once nothing of it is on the stack any more."""
         self.deaths += 1
+        self.refused_writes += process.refused
         self.network.drop(process)
         victim = self.victim(process.name)
-        self.loop.call_soon(self._release, victim, context=_NOBODY)
-
-    @staticmethod
-    def _release(victim: Node | Coordinator) -> None:
-        victim.release()
+        self.loop.call_soon(victim.release, context=_NOBODY)
+        if victim.again is not None:
+            self.loop.call_later(victim.again, victim.start, context=_NOBODY)
+            victim.again = None
 
     def start(self) -> None:
         """Everybody."""
-        self.coordinator.start()
-        for node in self.nodes.values():
-            node.start()
+        for victim in self.victims:
+            victim.start()
 
     def stop(self) -> None:
         """Kill everybody and let go of everything."""
-        for victim in (self.coordinator, *self.nodes.values()):
+        for victim in self.victims:
+            victim.again = None
             if victim.up and victim.process is not None:
                 victim.process.kill()
         self.loop.run_until_complete(asyncio.sleep(0.001))
         self.loop.run_until_complete(asyncio.sleep(0.001))
 
 
-def _nobody() -> Any:
-    import contextvars
-
-    return contextvars.Context()
-
-
-_NOBODY = _nobody()
+_NOBODY = contextvars.Context()  # of what no process does
 
 
 class _Listener(logging.Handler):
@@ -367,11 +414,14 @@ def alive(world: World) -> Iterator[World]:
     root, listener = logging.getLogger(), _Listener(world)
     level = root.level
     with ExitStack() as stack:
+        stack.enter_context(quick())
         stack.enter_context(watched_disk())
         stack.enter_context(patched_grpc(world.network))
         stack.enter_context(mock.patch.object(app, "build", built))
         stack.enter_context(mock.patch.object(app, "keep_heap_small", lambda: None))
         stack.enter_context(mock.patch.object(node_log, "datetime", Now))
+        clock = SimpleNamespace(monotonic=world.loop.time, sleep=lambda _seconds: None)
+        stack.enter_context(mock.patch.object(ledger_module, "time", clock))
         root.addHandler(listener)
         root.setLevel(logging.ERROR)
         previous = asyncio.events._get_running_loop()
@@ -400,8 +450,6 @@ def in_memory() -> Path | None:
 def template(setting: Setting) -> Path:
     """A federation whose run has been submitted, and nothing else; made once in a process."""
     folder = Path(tempfile.mkdtemp(prefix="minga-sim-", dir=in_memory()))
-    import atexit
-
     atexit.register(partial(shutil.rmtree, folder, ignore_errors=True))
     with mock.patch.object(setup, "SystemClock", partial(ManualClock, EPOCH - timedelta(minutes=1))):
         setup.initialise(
@@ -416,7 +464,7 @@ def template(setting: Setting) -> Path:
             log=setting.log,
             now=EPOCH - timedelta(minutes=1),
         )
-    for name in NAMES:
+    for name in setting.names:
         (folder / "nodes" / name).mkdir(parents=True)
     world = World(folder, setting, 0, jitter=0.0)
     with alive(world):
@@ -431,8 +479,6 @@ def template(setting: Setting) -> Path:
 async def _enrol_and_submit(world: World) -> None:
     await asyncio.sleep(1.0)
     operator = find_operator(folder=world.folder, config=None, environment={})
-    import grpc
-
     channel = grpc.aio.secure_channel(
         ADDRESS, grpc.ssl_channel_credentials(operator.ca, operator.key, operator.certificate)
     )
@@ -450,6 +496,8 @@ async def _enrol_and_submit(world: World) -> None:
         )
         keys[name] = store.signing_key().public_key().public_bytes_raw().hex()
         _write_config(node)
+        Journal(node.folder.journal, now=lambda: EPOCH).close()
+        PrivacyLedger(node.folder.privacy, now=lambda: EPOCH).close()
     plan, snapshot = _initial(world, keys)
     request = operator.sign_request(plan, EPOCH)
     body, signature = request or (b"", b"")
@@ -481,7 +529,7 @@ def _write_config(node: Node) -> None:
 
 def _initial(world: World, keys: dict[str, str]) -> tuple[Plan, Snapshot]:
     draft = Plan.from_value(plan_value(world.setting, keys, "0" * 64))
-    scales = initial_scales(MANIFEST, draft.vector.scale, round_ring(draft), len(NAMES))
+    scales = initial_scales(MANIFEST, draft.vector.scale, round_ring(draft), len(world.setting.names))
     blobs = Blobs(world.coordinator.config.blobs)
     blobs.prepare()
     theta = blobs.put_bytes(np.zeros(COORDINATES, "<f4").tobytes())
