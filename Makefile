@@ -35,6 +35,12 @@ demo: venv
 test: venv
 	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
+# Simulated federations under schedules of faults (tests/simulation/README.md); goes on where it was
+# stopped. ARGS='--schedules 10000 --seed 0' by default.
+.PHONY: soak
+soak: venv
+	.venv/bin/python -m tests.simulation.soak $(ARGS)
+
 # A part of `make test`: a private Slurm cluster of one node; skipped without slurm-wlm, munge or root.
 slurm-test: venv
 	.venv/bin/python -m pytest -m slurm tests/faults/test_launcher_slurm.py $(ARGS)

@@ -3,8 +3,8 @@
 Time stands still while code runs and jumps to the next timer when nothing is left to do, so hours
 cost milliseconds. What the code hands to threads runs at once, in this thread. A *process* is a
 name that tasks inherit through a context variable: killing it cancels its tasks and makes whatever
-they still try to write raise ``KilledError``, which nothing catches. It may be killed between any two
-writes that reach the disk (``durable``), and its disk may be full.
+they still try to write raise ``KilledError``, which nothing catches. It may be killed between any
+two writes that reach the disk (``durable``), and its disk may be full.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Loop(asyncio.BaseEventLoop):
                 result = func(*args)
             except KilledError:
                 return
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - whatever it is, a thread hands it on
                 if not future.cancelled():
                     future.set_exception(error)
                     future.exception()  # retrieved: its task may have been cancelled

@@ -32,7 +32,7 @@ from protocols.rounds import Released
 from protocols.tensors.planar import unpack
 from protocols.tensors.snapshot import Snapshot
 from protocols.upload import UploadHeader
-from tests.simulation.trainer import steps_of
+from tests.simulation.trainer import BETWEEN, steps_of
 from tests.simulation.world import MANIFEST, RUN, World
 
 SPENT = (SpendStatus.RELEASED, SpendStatus.BURNED)
@@ -198,13 +198,14 @@ class Oracle:
 
     def _check_sum(self, blobs: Any, row: RoundRow) -> None:
         plan = self._plan
-        assert plan is not None and row.sum is not None
+        assert plan is not None
+        assert row.sum is not None
         layout, ring = round_layout(plan, row.index, MANIFEST), round_ring(plan)
         lanes = unpack(blobs.read_all(row.sum), layout.coordinates, ring)
         survivors = row.phase.survivors  # type: ignore[union-attr]
         places = [plan.roster.index(node) for node in survivors]
         expected = sum(steps_of(place, row.index) for place in places)
-        found = {int(lane) for lane in np.asarray(lanes[: layout.model_coordinates])}
+        found = {int(lane) for lane in np.asarray(lanes[: layout.model_coordinates - BETWEEN])}
         if found != {expected}:
             digits = [(value % 256 >> (2 * place)) & 3 for value in found for place in range(4)]
             self.fail(

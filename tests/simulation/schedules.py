@@ -2,8 +2,8 @@
 
 A schedule is a setting, a seed of chance (latencies, training times, jitter) and a list of steps:
 ``(milliseconds to wait, operation, arguments)``. All numbers are plain, so a found one can be kept
-as a literal (``test_found.py``). After the last step nothing disturbs any more, everybody is started
-again, and the run has to end.
+as a literal (``test_found.py``). After the last step nothing disturbs any more, everybody is
+started again, and the run has to end.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from random import Random
 from typing import Any
 
 from protocols.rounds import Aborted, Burned
+from tests.simulation.making import world_of
 from tests.simulation.oracle import Oracle, ViolationError
 from tests.simulation.wire import Fault
 from tests.simulation.world import (
@@ -27,18 +28,19 @@ from tests.simulation.world import (
     MASKED,
     MASKED_LOGGED,
     OPEN,
+    OPEN_TWICE,
     PRIVATE,
     PRIVATE_LOGGED,
     Setting,
     World,
-    world_of,
 )
 
 Step = tuple[Any, ...]
 PATIENCE = 420.0  # virtual seconds in which an undisturbed run must end: five failures and pauses
 SLICE = 0.75  # seconds between two looks of the oracle
 WEIGHTS = (
-    (OPEN, 50), (MASKED, 25), (PRIVATE, 11), (LOGGED, 8), (MASKED_LOGGED, 4), (PRIVATE_LOGGED, 2),
+    (OPEN, 30), (OPEN_TWICE, 20), (MASKED, 25), (PRIVATE, 11),
+    (LOGGED, 8), (MASKED_LOGGED, 4), (PRIVATE_LOGGED, 2),
 )  # fmt: skip
 
 
@@ -68,17 +70,24 @@ class Outcome:
 # -- making ----------------------------------------------------------------------------------------
 
 
-def schedule(seed: int) -> Schedule:
-    """The schedule of a seed."""
+def schedule(seed: int, setting: Setting | None = None) -> Schedule:
+    """The schedule of a seed, in a setting that is given or drawn."""
     rng = Random(f"schedule {seed}")
     kinds, weights = zip(*WEIGHTS, strict=True)
-    setting: Setting = rng.choices(kinds, weights)[0]
+    drawn: Setting = rng.choices(kinds, weights)[0]
+    setting = setting or drawn
     span = 2500 if setting.log else 1200
     steps = tuple(
         (rng.choice((0, rng.randrange(200), rng.randrange(span))), *step_of(rng, setting))
         for _ in range(rng.randint(2, 9))
     )
     return Schedule(setting, seed, steps, jitter=rng.choice((0.0, 0.1, 0.3)))
+
+
+def calls_of(setting: Setting) -> tuple[str, ...]:
+    """Methods whose next call may be disturbed; empty: whichever comes next."""
+    calls = ("", "", "Join", "BeginUpload", "Append", "FinishUpload", "Confirm", "Sync", "Fetch")
+    return (*calls, "Post", "Post", "Get") if setting.masked else (*calls, "Ready")
 
 
 def step_of(rng: Random, setting: Setting) -> Step:
@@ -88,7 +97,7 @@ def step_of(rng: Random, setting: Setting) -> Step:
     draw = rng.random()
     if draw < 0.30:
         kind = rng.choice(("request", "answer", "answer", "twice", "late"))
-        return (kind, node, rng.choice((0, 30, 300, 3000, 15000)))
+        return (kind, node, rng.choice((0, 30, 300, 3000, 15000)), rng.choice(calls_of(setting)))
     if draw < 0.62:
         return ("kill", who, rng.choice((0, 1, 2, 3, 5, 8, 13)), rng.choice((50, 800, 4000, 15000)))
     if draw < 0.70:
@@ -235,8 +244,9 @@ class Player:
         """One operation."""
         world = self.world
         match what, *arguments:
-            case ("request" | "answer" | "twice" | "late"), node, milliseconds:
-                world.network.link(node).faults.append(Fault(what, milliseconds / 1000))
+            case (("request" | "answer" | "twice" | "late"), node, milliseconds, method):
+                fault = Fault(what, milliseconds / 1000, method)
+                world.network.link(node).faults.append(fault)
             case "kill", who, fuse, down:
                 victim = world.victim(who)
                 if victim.up and victim.process is not None:

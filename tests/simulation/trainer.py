@@ -2,7 +2,8 @@
 
 Node ``i`` of the roster moves every coordinate by ``4**i * (1 + 256 * index)`` steps of the fixed
 grid in the plan's round ``index``, so the digits of a sum name who was counted, and for which
-round. It lies exactly on the grid: rounding draws nothing.
+round. It lies exactly on the grid, where rounding draws nothing, but for the last coordinates: they
+lie between two steps, so a vector that is made twice is another one the second time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from protocols.tensors.manifest import Manifest
 from protocols.tensors.units import blob_digest
 
 EXPONENT = 10  # of the fixed grid: steps of 2**-10
+BETWEEN = 8  # coordinates that rounding decides by chance
 
 
 def steps_of(place: int, index: int) -> int:
@@ -54,9 +56,9 @@ class Trainer(Launcher):
     async def tick(self) -> None:
         now = self.monotonic()
         for name in list(self._wanted):
-            if self._due.get(name, now + 1) <= now and not self.spool.result(name).exists():
-                if self.spool.job(name).exists():
-                    self._answer(read_job(self.spool.job(name)))
+            due = self._due.get(name, now + 1) <= now
+            if due and self.spool.job(name).exists() and not self.spool.result(name).exists():
+                self._answer(read_job(self.spool.job(name)))
 
     async def close(self) -> None: ...
 
@@ -66,7 +68,9 @@ class Trainer(Launcher):
         count = sum(segment.coordinates for segment in manifest.select(job.select))
         place = plan.roster.index(self.node)
         value = steps_of(place, job.index) * 2.0**-EXPONENT
-        data = np.full(count, value, "<f4").tobytes()
+        delta = np.full(count, value, "<f4")
+        delta[-BETWEEN:] += 2.0 ** -(EXPONENT + 1)
+        data = delta.tobytes()
         self.spool.out(job.id).mkdir(parents=True, exist_ok=True)
         atomic_write(self.spool.delta(job.id), data)
         private, terms = None, plan.privacy
@@ -91,7 +95,7 @@ class Trainer(Launcher):
             seconds=0.0,
             delta_root=blob_digest(data),
             delta_coordinates=count,
-            delta_norm=float(np.sqrt(count) * value),
+            delta_norm=float(np.linalg.norm(delta.astype(np.float64))),
             device="none",
             private=private,
         )

@@ -1,14 +1,14 @@
 """The network: real servicers behind real error interceptor and real (de)serialisers, no sockets.
 
-It implements as much of ``grpc.aio`` as Minga uses, on both sides, so ``coordinator.app.serve`` and
-``node_agent.client.Connection`` run unchanged. A call carries the caller's certificate, as TLS does.
-The next calls of a node may be lost before or after the handler ran, arrive twice, or late.
+It implements as much of ``grpc.aio`` as Minga uses, on both sides, so ``coordinator.app.serve``
+and ``node_agent.client.Connection`` run unchanged. A call carries the caller's certificate, as TLS
+does. The next calls of a node may be lost before or after the handler ran, arrive twice, or late.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from tests.simulation.engine import PROCESS, Loop, Process
 
 LATENCY = 0.002  # seconds, one way
 BROKEN = 0.3  # seconds until a caller notices that a connection is gone
+_VIEWS = ("/Sync", "/Follow", "/NextCheckpoint")  # asked for again anyway
 Tap = Callable[[str, str, bytes], None]  # (caller, method, request)
 EOF = grpc.aio.EOF
 
@@ -43,6 +44,11 @@ class Fault:
 
     kind: str  # "request" | "answer" | "twice" | "late"
     seconds: float = 0.0
+    method: str = ""  # the next call of this method; empty: the next call
+
+    def hits(self, method: str) -> bool:
+        """Whether it is meant for a call."""
+        return method.endswith(f"/{self.method}") if self.method else not method.endswith(_VIEWS)
 
 
 @dataclass(slots=True)
@@ -50,7 +56,7 @@ class Link:
     """The connection of one client."""
 
     name: str
-    faults: deque[Fault] = field(default_factory=deque)
+    faults: list[Fault] = field(default_factory=list)
     cut_until: float = 0.0
     streams: set[Stream] = field(default_factory=set)
 
@@ -77,14 +83,14 @@ class Network:
             tap(caller, method, request)
 
     def next_fault(self, link: Link, method: str) -> Fault | None:
-        """What happens to this call. Views are asked for again anyway: they are let be."""
+        """What happens to this call."""
         if link.cut_until > self.loop.time():
             self.fired["cut"] += 1
             return Fault("request")
-        if not link.faults or method.endswith(("/Sync", "/Follow", "/NextCheckpoint")):
-            return None
-        fault = link.faults.popleft()
-        self.fired[fault.kind] += 1
+        fault = next((each for each in link.faults if each.hits(method)), None)
+        if fault is not None:
+            link.faults.remove(fault)
+            self.fired[fault.kind] += 1
         return fault
 
     def reachable(self, address: str) -> Server:
@@ -255,7 +261,7 @@ class Channel:
         return _Multi(self, method, *_codecs(codecs, named))
 
     async def _unary(
-        self, method: str, request: bytes, metadata: Any, timeout: float | None, read: Any
+        self, method: str, request: bytes, metadata: Any, within: float | None, read: Any
     ) -> Any:
         network, rng = self.network, self.network.rng
         network.seen(self.link.name, method, request)
@@ -274,7 +280,7 @@ class Channel:
             self._again(method, request, metadata, fault.seconds)
         reply, task = server.begin(method, request, self.pem, metadata)
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(within):
                 outcome = await reply
         except TimeoutError:
             raise _error(grpc.StatusCode.DEADLINE_EXCEEDED, "timed out") from None
@@ -454,19 +460,23 @@ class Stream:
 def patched_grpc(network: Network) -> Iterator[None]:
     """Let whoever asks gRPC for a server or a channel get one of this network."""
 
+    def server(**_: Any) -> Server:
+        return Server(network)
+
     def channel(address: str, credentials: Any, options: Any = None) -> Channel:
         process = PROCESS.get()
         name = process.name if process is not None else "nobody"
         return Channel(network, name, address, credentials)
 
-    def credentials(root_certificates: Any = None, private_key: Any = None,
-                    certificate_chain: bytes = b"") -> bytes:
+    def credentials(
+        root_certificates: Any = None, private_key: Any = None, certificate_chain: bytes = b""
+    ) -> bytes:
         return certificate_chain
 
     with (
-        mock.patch.object(grpc.aio, "server", lambda **_: Server(network)),
+        mock.patch.object(grpc.aio, "server", server),
         mock.patch.object(grpc.aio, "secure_channel", channel),
         mock.patch.object(grpc, "ssl_channel_credentials", credentials),
-        mock.patch.object(grpc, "ssl_server_credentials", lambda *_, **__: None),
+        mock.patch.object(grpc, "ssl_server_credentials"),
     ):
         yield
