@@ -22,6 +22,7 @@ from node_agent.journal import Journal
 from node_agent.privacy import PrivacyGuard
 from node_agent.secure_state import SecureStates
 from policies.privacy.budget import SpendStatus
+from tests.simulation.schedules import Schedule, kills, losses, schedule
 from tests.simulation.world import MASKED, OPEN, PRIVATE, Setting
 
 Break = Callable[[], AbstractContextManager[None]]
@@ -78,8 +79,15 @@ def forgets_what_it_is_about_to_send() -> Iterator[None]:
 
 
 @contextmanager
-def keeps_secrets_in_memory() -> Iterator[None]:
-    """The state of a secure sum is not written, and nobody looks whether it is there."""
+def begins_an_attempt_over() -> Iterator[None]:
+    """The state of a secure sum is not written; a node that lost it makes fresh keys for it."""
+    real = decide.while_secure
+
+    def begins(s: Any, round_: Any, phase: Any) -> Any:
+        if s.secure is None and s.node in phase.ready:
+            step = decide.SecureStep(round_, phase.attempt, "ready")
+            return decide.Decision(actions=(step,), why="once more")
+        return real(s, round_, phase)
 
     def keep(self: Any, run: Any, state: Any) -> None:
         self._cache[run] = state
@@ -88,6 +96,7 @@ def keeps_secrets_in_memory() -> Iterator[None]:
         mock.patch.object(SecureStates, "keep", keep),
         mock.patch.object(Journal, "stage", return_value=None),
         mock.patch.object(decide, "lost_state", return_value=None),
+        mock.patch.object(decide, "while_secure", begins),
         mock.patch.object(secure_module, "check_not_lost", return_value=None),
     ):
         yield
@@ -172,17 +181,19 @@ class Mutant:
     setting: Setting
     within: int  # schedules
     says: tuple[str, ...]  # one of these is in the violation
+    made: Callable[[int, Setting], Schedule] = schedule  # of a seed
 
 
 MUTANTS = (
-    Mutant(counts_a_repeated_upload_twice, OPEN, 30, ("the sum is",)),
+    Mutant(counts_a_repeated_upload_twice, OPEN, 10, ("the sum is",), made=losses),
     Mutant(
         forgets_what_it_is_about_to_send,
         OPEN,
-        40,
+        10,
         ("two different things: vector", "unknown_upload"),
+        made=kills,
     ),
-    Mutant(keeps_secrets_in_memory, MASKED, 30, ("two different things",)),
+    Mutant(begins_an_attempt_over, MASKED, 6, ("two different things",), made=kills),
     Mutant(refunds_what_was_released, PRIVATE, 5, ("its own ledger says",)),
     Mutant(answers_before_it_has_committed, OPEN, 10, ("not_in_sum",)),
     Mutant(believes_what_is_published, OPEN, 3, ("the sum is",)),

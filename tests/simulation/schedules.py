@@ -81,13 +81,36 @@ def schedule(seed: int, setting: Setting | None = None) -> Schedule:
         (rng.choice((0, rng.randrange(200), rng.randrange(span))), *step_of(rng, setting))
         for _ in range(rng.randint(2, 9))
     )
-    return Schedule(setting, seed, steps, jitter=rng.choice((0.0, 0.1, 0.3)))
+    # What is armed for later has time to strike before nothing disturbs any more.
+    last = (0, "pass", rng.choice((0, 1500, 4000)))
+    return Schedule(setting, seed, (*steps, last), jitter=rng.choice((0.0, 0.1, 0.3)))
 
 
 def calls_of(setting: Setting) -> tuple[str, ...]:
     """Methods whose next call may be disturbed; empty: whichever comes next."""
     calls = ("", "", "Join", "BeginUpload", "Append", "FinishUpload", "Confirm", "Sync", "Fetch")
     return (*calls, "Post", "Post", "Get") if setting.masked else (*calls, "Ready")
+
+
+def kills(seed: int, setting: Setting) -> Schedule:
+    """Nothing happens but that nodes are killed while they train and hand in."""
+    rng = Random(f"kills {seed}")
+    steps = tuple(
+        (rng.randrange(250), "kill", rng.choice(setting.names), rng.randint(0, 4), 50)
+        for _ in range(8)
+    )
+    return Schedule(setting, seed, steps)
+
+
+def losses(seed: int, setting: Setting) -> Schedule:
+    """Nothing happens but that calls are lost or handled twice."""
+    rng = Random(f"losses {seed}")
+    steps = tuple(
+        (0, kind, node, rng.choice((0, 30)), rng.choice(calls_of(setting)))
+        for node in setting.names
+        for kind in ("request", "answer", "answer", "twice")
+    )
+    return Schedule(setting, seed, (*steps, (0, "pass", 3000)))
 
 
 def step_of(rng: Random, setting: Setting) -> Step:
@@ -233,7 +256,7 @@ class Player:
             ends=Counter(type(row.phase).__name__ for row in oracle.rows),
             deaths=world.deaths,
             fired=world.network.fired,
-            refused_writes=world.refused_writes,
+            refused_writes=sum(process.refused for process in world.processes),
             trace=oracle.trace(),
             seconds=world.loop.time(),
         )

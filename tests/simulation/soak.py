@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-REPORT_S = 15.0
+REPORT_S = 10.0
 
 
 def arguments() -> argparse.Namespace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.simulation.mutants import MUTANTS, Mutant
-from tests.simulation.schedules import fails, schedule
+from tests.simulation.schedules import fails
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.breaks.__name__)
@@ -15,7 +15,7 @@ def test_a_mistake_is_found(mutant: Mutant):
             (
                 why
                 for seed in range(mutant.within)
-                if (why := fails(schedule(seed, mutant.setting)))
+                if (why := fails(mutant.made(seed, mutant.setting)))
             ),
             "",
         )

@@ -24,6 +24,7 @@ from unittest import mock
 
 from coordinator import app
 from coordinator.config import CoordinatorConfig, load_config
+from coordinator.ledger import Ledger
 from coordinator.ledger import ledger as ledger_module
 from node_agent import config as node_config
 from node_agent import log as node_log
@@ -115,6 +116,7 @@ class Victim:
             return
         self.stopped = ""
         self.process = Process(self.name, self.world.loop, self.world.died)
+        self.world.processes.append(self.process)
         self.process.skew, self.process.full = self.skew, self.full
         self.process.spawn(self._live(self.process), self.name)
 
@@ -245,14 +247,15 @@ class Coordinator(Victim):
 
     config: CoordinatorConfig
     parts: app.Parts | None = None
+    ledger: Ledger | None = None
 
     async def work(self, process: Process) -> None:
         await app.serve(self.config, _Clock(process))
 
     def release(self) -> None:
-        parts, self.parts = self.parts, None
-        if parts is not None:
-            parts.ledger._close()  # lets go of the file, and of nothing else
+        ledger, self.ledger, self.parts = self.ledger, None, None
+        if ledger is not None:
+            ledger._close()  # lets go of the file, and of nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +292,7 @@ class World:
             for name in setting.names
         }
         self.deaths = 0
-        self.refused_writes = 0
+        self.processes: list[Process] = []
         self.bugs: list[str] = []  # tracebacks that somebody logged
 
     @property
@@ -304,7 +307,6 @@ class World:
     def died(self, process: Process) -> None:
         """Clear up after a process, once nothing of it is on the stack any more."""
         self.deaths += 1
-        self.refused_writes += process.refused
         self.network.drop(process)
         victim = self.victim(process.name)
         self.loop.call_soon(victim.release, context=_NOBODY)
@@ -348,6 +350,11 @@ def alive(world: World) -> Iterator[World]:
     """Within it, the world's clock, disk and network are those of the code under test."""
     build = app.build
 
+    class Opened(Ledger):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            Ledger.__init__(self, *arguments, **named)
+            world.coordinator.ledger = self
+
     async def built(config: CoordinatorConfig, clock: Any) -> app.Parts:
         parts = await build(config, clock)
         world.coordinator.parts = parts
@@ -367,6 +374,7 @@ def alive(world: World) -> Iterator[World]:
         stack.enter_context(watched_disk())
         stack.enter_context(patched_grpc(world.network))
         stack.enter_context(mock.patch.object(app, "build", built))
+        stack.enter_context(mock.patch.object(app, "Ledger", Opened))
         stack.enter_context(mock.patch.object(app, "keep_heap_small"))
         stack.enter_context(mock.patch.object(node_log, "datetime", Now))
         clock = SimpleNamespace(monotonic=world.loop.time, sleep=lambda _seconds: None)
