@@ -78,12 +78,31 @@ class Process:
         self.on_death(self)
 
 
+class _Future(asyncio.Future):  # type: ignore[type-arg]
+    """Its hash is its number: sets of futures are walked in the same order in every play."""
+
+    number = 0
+
+    def __hash__(self) -> int:
+        return self.number
+
+
+class _Task(asyncio.Task):  # type: ignore[type-arg]
+    """Likewise."""
+
+    number = 0
+
+    def __hash__(self) -> int:
+        return self.number
+
+
 class Loop(asyncio.BaseEventLoop):
     """Virtual time, no threads, no sockets."""
 
     def __init__(self, rng: Random, *, jitter: float = 0.0) -> None:
         super().__init__()
         self._virtual = 0.0
+        self._made = 0  # futures and tasks
         self._selector = self
         self._clock_resolution = 1e-6
         self._rng = rng
@@ -113,9 +132,19 @@ class Loop(asyncio.BaseEventLoop):
 
     # -- tasks -------------------------------------------------------------------------------
 
+    def create_future(self) -> Any:
+        made: Any = _Future(loop=self)
+        self._made += 1
+        made.number = self._made
+        return made
+
     def _make_task(self, loop: Any, coro: Any, context: Any = None) -> asyncio.Task[Any]:
         process = PROCESS.get() if context is None else context.get(PROCESS)
-        task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, context=context)
+        # Its first step is scheduled and run later; its hash is asked for at once.
+        self._made += 1
+        _Task.number = self._made
+        task: Any = _Task(coro, loop=loop, context=context)
+        task.number = self._made
         if process is not None:
             if process.dead:
                 task.cancel()

@@ -185,15 +185,15 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant(counts_a_repeated_upload_twice, OPEN, 10, ("the sum is",), made=losses),
+    Mutant(counts_a_repeated_upload_twice, OPEN, 20, ("the sum is",), made=losses),
     Mutant(
         forgets_what_it_is_about_to_send,
         OPEN,
-        10,
+        20,
         ("two different things: vector", "unknown_upload"),
         made=kills,
     ),
-    Mutant(begins_an_attempt_over, MASKED, 6, ("two different things",), made=kills),
+    Mutant(begins_an_attempt_over, MASKED, 15, ("two different things",), made=kills),
     Mutant(refunds_what_was_released, PRIVATE, 5, ("its own ledger says",)),
     Mutant(answers_before_it_has_committed, OPEN, 10, ("not_in_sum",)),
     Mutant(believes_what_is_published, OPEN, 3, ("the sum is",)),

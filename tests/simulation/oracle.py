@@ -69,7 +69,7 @@ class Oracle:
     _leaves: list[bytes] = field(default_factory=list)
     _roots: dict[int, bytes] = field(default_factory=dict)
     looks: int = 0
-    heard: int = 0
+    _heard: list[tuple[Any, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.world.network.taps.append(self.hear)
@@ -101,14 +101,15 @@ class Oracle:
             case "Confirm":
                 confirm = rounds_pb2.ConfirmRequest.FromString(request)
                 said = f"{confirm.model_root} {confirm.objection}"
-                self._once(("verdict", caller, confirm.round.number), said.encode())
+                key = ("verdict", caller, confirm.round.number)
+                self._once(key, said.encode())
             case "Join" | "Decline" as verb:
                 kind = rounds_pb2.JoinRequest if verb == "Join" else rounds_pb2.DeclineRequest
-                number = kind.FromString(request).round.number
-                self._once(("answer", caller, number), verb.encode())
+                key = ("answer", caller, kind.FromString(request).round.number)
+                self._once(key, verb.encode())
             case _:
                 return
-        self.heard += 1
+        self._heard.append((round(self.world.loop.time(), 6), *key))
 
     def _once(self, key: tuple[Any, ...], said: bytes) -> None:
         before = self._said.setdefault(key, said)
@@ -288,6 +289,5 @@ class Oracle:
                     self.fail(f"{name} derived {record} from {row.round}, published is {root}")
 
     def trace(self) -> str:
-        """A digest of everything that was said, for comparing two plays."""
-        lines = [repr((key, value)) for key, value in sorted(self._said.items(), key=repr)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        """A digest of who said what when, for comparing two plays; sealed boxes are never alike."""
+        return hashlib.sha256(repr(self._heard).encode()).hexdigest()

@@ -130,7 +130,12 @@ def main() -> int:
     ]
     try:
         while any(worker.poll() is None for worker in workers):
-            time.sleep(REPORT_S)
+            try:
+                workers[0].wait(REPORT_S)
+            except subprocess.TimeoutExpired:
+                pass
+            else:
+                time.sleep(0.5)
             found = results(options.results)
             seconds = time.monotonic() - began
             show(found, of=options.schedules, seconds=seconds, new=len(found) - before)
