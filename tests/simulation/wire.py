@@ -126,8 +126,17 @@ class Network:
 class ServerContext:
     """What a handler sees of a call."""
 
-    def __init__(self, pem: bytes, metadata: tuple[tuple[str, Any], ...]) -> None:
-        self._pem, self._metadata = pem, metadata
+    def __init__(
+        self, pem: bytes, metadata: tuple[tuple[str, Any], ...], up: asyncio.Queue[Any]
+    ) -> None:
+        self._pem, self._metadata, self._up = pem, metadata, up
+
+    async def read(self) -> Any:
+        """The next raw message; EOF again and again at the end."""
+        item = await self._up.get()
+        if item is EOF:
+            self._up.put_nowait(EOF)
+        return item
 
     def invocation_metadata(self) -> tuple[tuple[str, Any], ...]:
         return self._metadata
@@ -136,7 +145,7 @@ class ServerContext:
         return {"x509_pem_cert": [self._pem]} if self._pem else {}
 
     def peer(self) -> str:
-        return "sim"
+        return "ipv4:127.0.0.1:1"
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing: Any = ()) -> None:
         raise _error(code, details, trailing)
@@ -151,10 +160,11 @@ class _Details:
 class Server:
     """As ``grpc.aio.server`` makes one."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, interceptor: ErrorInterceptor) -> None:
         process = PROCESS.get()
         assert process is not None
-        self.network, self.process = network, process
+        self.network, self.process, self._interceptor = network, process, interceptor
+        interceptor._guard._clock = network.loop.time
         self.replies: set[asyncio.Future[Any]] = set()
         self._generic: list[Any] = []
         self._addresses: list[str] = []
@@ -185,7 +195,7 @@ class Server:
                 found = (generic.service(details) for generic in self._generic)
                 return next((each for each in found if each is not None), None)
 
-            self._wrapped[method] = await ErrorInterceptor().intercept_service(look, details)
+            self._wrapped[method] = await self._interceptor.intercept_service(look, details)
         if self._wrapped[method] is None:
             raise _error(grpc.StatusCode.UNIMPLEMENTED, method)
         return self._wrapped[method]
@@ -199,11 +209,12 @@ class Server:
         reply.add_done_callback(self.replies.discard)
 
         async def answer() -> None:
+            up: asyncio.Queue[Any] = asyncio.Queue()
+            up.put_nowait(request)
+            up.put_nowait(EOF)
             try:
                 handler = await self.handler(method)
-                made = await handler.unary_unary(
-                    _read(handler.request_deserializer, request), ServerContext(pem, metadata)
-                )
+                made = await handler.stream_unary(None, ServerContext(pem, metadata, up))
                 outcome: Any = _write(handler.response_serializer, made)
             except grpc.aio.AioRpcError as error:
                 self.note(method, error)
@@ -423,26 +434,15 @@ class Stream:
 
     # -- the server's side -------------------------------------------------------------------
 
-    async def _requests(self) -> AsyncIterator[Any]:
-        handler = await self.server.handler(self.multi.method)
-        while (item := await self.up.get()) is not EOF:
-            yield _read(handler.request_deserializer, item)
-
     async def _serve(self, pem: bytes) -> None:
-        multi, context = self.multi, ServerContext(pem, self.metadata)
+        multi, context = self.multi, ServerContext(pem, self.metadata, self.up)
         try:
             handler = await self.server.handler(multi.method)
             if multi.one_answer:
-                made = await handler.stream_unary(self._requests(), context)
+                made = await handler.stream_unary(None, context)
                 self._answer(_write(handler.response_serializer, made))
             else:
-                if multi.one_request:
-                    answers = handler.unary_stream(
-                        _read(handler.request_deserializer, await self.up.get()), context
-                    )
-                else:
-                    answers = handler.stream_stream(self._requests(), context)
-                async for answer in answers:
+                async for answer in handler.stream_stream(None, context):
                     self._answer(_write(handler.response_serializer, answer))
             self._end(EOF)
         except grpc.aio.AioRpcError as error:
@@ -460,8 +460,8 @@ class Stream:
 def patched_grpc(network: Network) -> Iterator[None]:
     """Let whoever asks gRPC for a server or a channel get one of this network."""
 
-    def server(**_: Any) -> Server:
-        return Server(network)
+    def server(*, interceptors: Any, **_: Any) -> Server:
+        return Server(network, interceptors[0])
 
     def channel(address: str, credentials: Any, options: Any = None) -> Channel:
         process = PROCESS.get()

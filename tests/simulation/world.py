@@ -376,6 +376,7 @@ def alive(world: World) -> Iterator[World]:
         stack.enter_context(mock.patch.object(app, "build", built))
         stack.enter_context(mock.patch.object(app, "Ledger", Opened))
         stack.enter_context(mock.patch.object(app, "keep_heap_small"))
+        stack.enter_context(mock.patch.object(app, "use_all_files"))
         stack.enter_context(mock.patch.object(node_log, "datetime", Now))
         clock = SimpleNamespace(monotonic=world.loop.time, sleep=lambda _seconds: None)
         stack.enter_context(mock.patch.object(ledger_module, "time", clock))
