@@ -21,7 +21,7 @@ INSTANTS = frozenset(f"tx:{name}@{when}" for name in ALWAYS for when in ("before
 
 def test_the_coordinator_dies_at_every_step_of_a_round(tmp_path):
     with bench(
-        tmp_path / "federation", mode="aggregate-only", database="sqlite", server=None
+        tmp_path / "federation", mode="aggregate-only", database="sqlite", server=None, rounds=1
     ) as made:
         rows, missed = Storm(made, "coordinator").play(INSTANTS)
 
