@@ -99,12 +99,11 @@ class LogWriter:
             IntegrityError: the ledger is older than what was signed, or a leaf is damaged: nothing
                 is signed any more, and the process must stop.
         """
-        publishing = asyncio.create_task(self._publish_loop(), name="log files")
         try:
             while True:
                 try:
                     if await self._hold():
-                        await self._lead(publishing)
+                        await self._lead()
                     await self._follow()
                 except IntegrityError:
                     raise
@@ -113,8 +112,6 @@ class LogWriter:
                     self._resign()
                     await asyncio.sleep(RETRY_S)
         finally:
-            publishing.cancel()
-            await asyncio.gather(publishing, return_exceptions=True)
             fence, self._fence = self._fence, None
             self.hub.lead(False)
             if fence is not None:
@@ -159,22 +156,31 @@ class LogWriter:
             raise ForkError(f"the log directory has a head of size {head.size} that is not ours")
         self.hub.show(note, head)
 
-    async def _lead(self, publishing: asyncio.Task[None]) -> None:
-        """Write as long as the lease holds."""
+    async def _lead(self) -> None:
+        """Write as long as the lease holds; files are written beside the signing.
+
+        Raises:
+            FederationError: the lease is lost, or the files cannot be written now.
+        """
         await self._begin()
+        publishing = asyncio.create_task(self._publish_loop(), name="log files")
         renew = asyncio.get_running_loop().time() + RENEW_S
-        while not publishing.done():
-            version = self.ledger.version()
-            now = asyncio.get_running_loop().time()
-            if now >= renew:
-                await self._hold()
-                renew = now + RENEW_S
-            if not await self._step():
-                if self._compared:
-                    await self.ledger.changed(version, max(0.0, min(RENEW_S, renew - now)))
-                else:
-                    await self.hub.changed(0.1)  # witnesses that come back
-        publishing.result()
+        try:
+            while not publishing.done():
+                version = self.ledger.version()
+                now = asyncio.get_running_loop().time()
+                if now >= renew:
+                    await self._hold()
+                    renew = now + RENEW_S
+                if not await self._step():
+                    if self._compared:
+                        await self.ledger.changed(version, max(0.0, min(RENEW_S, renew - now)))
+                    else:
+                        await self.hub.changed(0.1)  # witnesses that come back
+            publishing.result()
+        finally:
+            publishing.cancel()
+            await asyncio.gather(publishing, return_exceptions=True)
 
     # -- the tree ------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from coordinator.ledger import Ledger, Sequencer, Tx
 from coordinator.log_files import LogFiles, Ratchet
 from coordinator.log_hub import LogHub
 from coordinator.log_writer import LogWriter
+from protocols.errors import StorageFullError
 from protocols.tlog.checkpoint import Checkpoint, sign_checkpoint
 from protocols.tlog.cosignature import cosign
 from protocols.tlog.merkle import leaf_hash, tree_root
@@ -253,13 +254,13 @@ def test_who_does_not_write_shows_what_was_published_and_takes_over(tmp_path):
             for entry in world.entries:
                 await ledger.run("leaf", lambda tx, entry=entry: tx.append_leaf(entry))
             hubs = [LogHub(log_signer().verifier) for _ in range(2)]
-            tasks = []
+            tasks, kept = [], [Watched(tmp_path / "log") for _ in hubs]
             for number, hub in enumerate(hubs):
                 writer = LogWriter(
                     ledger=ledger,
                     clock=SystemClock(),
                     hub=hub,
-                    files=LogFiles(tmp_path / "log"),
+                    files=kept[number],
                     ratchet=Ratchet(tmp_path / f"ratchet-{number}"),
                     signer=log_signer(),
                 )
@@ -269,6 +270,9 @@ def test_who_does_not_write_shows_what_was_published_and_takes_over(tmp_path):
             await until(lambda: all(hub.witnessed is not None for hub in hubs))
             await until(lambda: {hub.witnessed.size for hub in hubs} == {len(world.entries)})
             assert hubs[0].prove(0) == hubs[1].prove(0)
+            await asyncio.sleep(0.3)
+            assert kept[0].written
+            assert not kept[1].written
             assert [hub.leads for hub in hubs] == [True, False]
             tasks[0].cancel()
             await until(lambda: hubs[1].leads)
@@ -277,6 +281,50 @@ def test_who_does_not_write_shows_what_was_published_and_takes_over(tmp_path):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(play())
+
+
+class Watched(LogFiles):
+    """Counts what is written, and has no room as often as it is told."""
+
+    def __init__(self, root, full=0):
+        super().__init__(root)
+        self.written, self.full = 0, full
+
+    def _write(self, path, data):
+        if path == "checkpoint" and self.full:
+            self.full -= 1
+            raise StorageFullError("no room")
+        self.written += 1
+        super()._write(path, data)
+
+
+def test_the_writer_goes_on_when_a_full_disk_has_room_again(tmp_path):
+    world = World(witnesses=False).begin().round()
+    hub, files = LogHub(log_signer().verifier), Watched(tmp_path / "log", full=2)
+    order = Sequencer(key=key("coordinator"), origin=ORIGIN, seen=hub.seen)
+
+    async def play():
+        url = f"sqlite:///{tmp_path}/ledger.sqlite"
+        async with Ledger(url, clock=SystemClock(), sequencer=order) as ledger:
+            for entry in world.entries:
+                await ledger.run("leaf", lambda tx, entry=entry: tx.append_leaf(entry))
+            writer = LogWriter(
+                ledger=ledger,
+                clock=SystemClock(),
+                hub=hub,
+                files=files,
+                ratchet=Ratchet(tmp_path / "ratchet"),
+                signer=log_signer(),
+            )
+            task = asyncio.create_task(writer.run())
+            await until((tmp_path / "log/checkpoint").exists)
+            assert not task.done()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(play())
+    assert files.full == 0
+    assert files.published().size == len(world.entries)
 
 
 async def until(what):
