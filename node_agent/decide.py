@@ -175,6 +175,7 @@ class Work:
     tokens: int = 0
     waiting: str = ""  # of "running": for what it waits before it can begin, in a few words
     refusal: Refusal | None = None  # of "failed": code and sentence
+    left_over: bool = False  # of "none": an earlier agent handed it in, a worker may take it up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -454,7 +455,7 @@ def _while_uploading(s: Situation, plan: Plan, current: RoundSeen, phase: Upload
 
 
 def _withdraw_or(s: Situation, current: RoundSeen, why: str) -> Decision:
-    if s.work.state == "running":
+    if s.work.state == "running" or s.work.left_over:
         return _do(Withdraw(current.round), f"{why}; stopping the local step")
     return _wait(why)
 

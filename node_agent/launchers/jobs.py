@@ -64,7 +64,7 @@ class Launcher:
         if self.spool.result(name).exists():
             return Work(state="finished")
         if name not in self._wanted:  # also after a restart of the agent: it is asked for again
-            return Work(state="none")
+            return Work(state="none", left_over=self._is_left_over(name))
         lost = self._lost_under.get(name, 0)
         if lost >= GIVE_UP:
             sentence = f"the worker was lost {lost} times under this job: {self._last_reason}"
@@ -87,6 +87,16 @@ class Launcher:
             max_steps=last.max_steps or 0,
             tokens=last.tokens or 0,
         )
+
+    def _is_left_over(self, name: str) -> bool:
+        """Whether an earlier agent handed in this job and a worker may still take it up."""
+        if not self.spool.job(name).exists() or self.spool.cancel(name).exists():
+            return False
+        try:
+            last = last_status(self.spool, name)
+        except MalformedMessageError:
+            return True
+        return last is None or last.event not in ("failed", "cancelled")
 
     def under_way(self) -> list[tuple[RoundId, Work]]:
         """The jobs that are being worked on or wait for the worker."""

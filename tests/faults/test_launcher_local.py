@@ -415,6 +415,22 @@ def test_a_restarted_agent_asks_again_and_keeps_what_is_done(tmp_path):
     assert len(again.starts()) == 1  # a finished local step is not repeated
 
 
+def test_a_restarted_agent_withdraws_a_job_nobody_wants_any_more(tmp_path):
+    """Its round ended meanwhile: no worker works on it before what is wanted now."""
+    bench = Bench(tmp_path, "slow")
+    bench.until(lambda work: work.step >= 1)
+    after = Bench(tmp_path, "well")
+    work = after.launcher.work(after.job.id)
+    assert (work.state, work.left_over) == ("none", True)
+
+    after.launcher.cancel(after.job.id)
+
+    assert not after.launcher.work(after.job.id).left_over
+    after.job = after.job.model_copy(update={"id": "r1.1", "round": 1})
+    assert after.until(finished).state == "finished"
+    assert last_status(after.spool, "r1.0").event == "cancelled"
+
+
 def test_a_restarted_agent_runs_an_unfinished_job_again(tmp_path):
     first = Bench(tmp_path, "slow")
     assert first.until(lambda work: work.step > 0).state == "running"

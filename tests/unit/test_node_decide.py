@@ -351,6 +351,16 @@ TABLE = [
         [Withdraw(ROUND)],
         "round r1/0 ended: by hand; stopping the local step",
     ),
+    (
+        "aborted while this node was away",
+        running(
+            Aborted(code="stopped", reason="by hand"),
+            record=joined(),
+            work=Work(state="none", left_over=True),
+        ),
+        [Withdraw(ROUND)],
+        "round r1/0 ended: by hand; stopping the local step",
+    ),
     ("burned", running(Burned(code="x", reason="no")), [], "round r1/0 ended: no"),
     (
         "the run was stopped while training",
