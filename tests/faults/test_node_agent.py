@@ -228,7 +228,6 @@ def test_too_few_steps_are_no_update(bench):
     assert "2 steps in the time there was; the plan wants at least 3" in entry.why
     late = folder_of(bench.spool, run)  # what it did is not lost: it went into the next round's job
     bench.until(run, lambda _: any(one.holds for one in waiting(late)))
-    assert len(waiting(late)) == 1
     assert ("carried over", "") in bench.said(run)
     bench.federation.client.stop(run, "seen enough")
 
