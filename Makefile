@@ -18,7 +18,7 @@ JOBS = 2
 PACKAGES = protocols policies coordinator node_agent infra
 
 help:
-	@echo "make venv | demo | test | faults | slurm-test | bench | bench-learning | bench-peers | bench-page | load | fuzz | docs | lint | fmt | proto | clean   (ARGS=... is passed on)"
+	@echo "make venv | demo | test | faults | slurm-test | bench | bench-learning | bench-peers | bench-page | load | soak | fuzz | docs | lint | fmt | proto | clean   (ARGS=... is passed on)"
 
 venv: .venv/installed
 
