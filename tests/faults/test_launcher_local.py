@@ -478,7 +478,8 @@ def test_commands_and_environment():
     )
 
     life = "--exit-with-parent --parent-pid 7"
-    assert " ".join(one[1:]) == f"-m node_agent.worker --spool /spool --device auto {life}"
+    told = "--spool /spool --device auto --checkpoint-every-s 600"
+    assert " ".join(one[1:]) == f"-m node_agent.worker {told} {life}"
     assert " ".join(many[1:]).startswith(
         "-m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node 4"
         " -m node_agent.worker --spool /spool --device cuda"

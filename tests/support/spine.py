@@ -103,6 +103,9 @@ class FakeCallers:
             raise NotPermittedError("for operators")
         return context.identity
 
+    async def watcher(self, context: FakeContext) -> Identity:
+        return await self.operator(context)
+
     async def any(self, context: FakeContext) -> Identity:
         return context.identity
 
