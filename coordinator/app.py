@@ -333,12 +333,21 @@ def static_server(config: CoordinatorConfig) -> StaticServer | None:
 
 
 def keep_heap_small() -> None:
-    """Let glibc use two heaps instead of eight for each core: threads come and go here, and each
-    heap keeps the most it ever needed. Another C library is left as it is."""
+    """Keep what was needed once from being kept for ever; another C library is left as it is.
+
+    glibc uses two heaps instead of eight for each core: threads come and go here, and each heap
+    keeps the most it ever needed. What is larger than 64 KiB (messages, units, chunks) gets pages
+    of its own that go back when it is freed, and a heap's free end goes back from 128 KiB on. Left
+    alone, glibc raises both limits to 64 MiB once it has seen a large buffer freed.
+    """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 2)
+        mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
+        mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _M_ARENA_MAX = -8  # from glibc's malloc.h
 
 
