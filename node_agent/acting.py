@@ -33,6 +33,7 @@ from node_agent.decide import (
     Action,
     ComputeNext,
     FetchPlan,
+    FinishEarly,
     MakeVector,
     ObtainModel,
     SayConfirm,
@@ -131,7 +132,7 @@ class Actor:
                 await self._say(action)
             case Train():
                 await self._train(action)
-            case Withdraw():
+            case Withdraw() | FinishEarly():
                 await self._withdraw(action)
             case MakeVector():
                 await self._make_vector(action)
@@ -386,7 +387,9 @@ class Actor:
             return
         _, current = self.seen(action.round)
         phase = current.phase(plan)
-        job = self._job(action.round, record, plan)
+        if carries(plan):
+            await self._tidy(action.round, current=True)  # a job that ended meanwhile is late work
+        job = await asyncio.to_thread(self._job, action.round, record, plan)
         if isinstance(phase, Training):
             # By our clock, and early enough to check the update and to say ready.
             margin = min(60.0, max(2.0, 0.05 * plan.deadlines.train))
@@ -396,10 +399,11 @@ class Actor:
         await asyncio.to_thread(launcher.submit, job)
         await launcher.tick()
 
-    async def _withdraw(self, action: Withdraw) -> None:
+    async def _withdraw(self, action: Withdraw | FinishEarly) -> None:
         launcher = self._launcher(self._plan(action.round))
         if launcher is not None:
-            launcher.cancel(job_id(action.round))
+            end = launcher.finish if isinstance(action, FinishEarly) else launcher.cancel
+            await asyncio.to_thread(end, job_id(action.round))
 
     def _checked_result(
         self, round_: RoundId, record: RoundRecord, plan: Plan

@@ -24,6 +24,7 @@ from typing import Final
 
 from node_agent import consent
 from node_agent.acting import Actor
+from node_agent.carry import carries
 from node_agent.client import Backoff
 from node_agent.decide import (
     Action,
@@ -302,7 +303,7 @@ class Agent:
                     round_,
                     rounds_pb2.Progress(
                         round=round_ref(round_),
-                        activity=job.waiting[:_ACTIVITY] or "training",
+                        activity=_activity(job),
                         step=job.step,
                         max_step=job.max_steps,
                         tokens=job.tokens,
@@ -365,6 +366,7 @@ class Agent:
         before = journal.round(last.round) if last and confirm is None else None
         refusal = self._lasting_refusal(seen.run)
         work, uploaded, waits = Work(), None, None
+        earlier: tuple[tuple[RoundId, Work], ...] = ()
         if known is not None and current is not None:
             if record is None and refusal is None and current.raw_phase.name == "Open":
                 waits = self._trust_waits(current.round)
@@ -382,6 +384,7 @@ class Agent:
             if record is not None and record.joined:
                 work = self._work(current.round, known.plan)
                 uploaded = self._uploaded(current, record)
+            earlier = self._earlier(current.round, known.plan)
         return Situation(
             node=site.node,
             paused=self._paused(),
@@ -396,6 +399,8 @@ class Agent:
             held=site.models.held(seen.run) if known else frozenset(),
             delivered=self._recently_delivered(),
             work=work,
+            earlier=earlier,
+            carries=known is not None and carries(known.plan) and site.config.worker.carry_over,
             unsent=journal.unsent_confirms(seen.run) if known else (),
             secure=self._states.known(seen.run) if known and known.plan.secagg else None,
             said=journal.stage(seen.run) if known and known.plan.secagg else None,
@@ -514,6 +519,11 @@ class Agent:
         if launcher is None:
             return Work(state="finished")  # the agent makes the update itself
         return launcher.work(job_id(round_))
+
+    def _earlier(self, round_: RoundId, plan: Plan) -> tuple[tuple[RoundId, Work], ...]:
+        """Jobs of earlier rounds that a worker is still on."""
+        launcher = self.site.launchers.get(plan.local_step.kind)
+        return () if launcher is None else launcher.unfinished(round_.run, round_.number)
 
     def _uploaded(self, current: RoundSeen, record: RoundRecord) -> UploadRecord | None:
         if record.outcome != "ready":
@@ -707,6 +717,11 @@ class Agent:
             declined=self._declined(current),
             privacy=promise(known.plan) if known else "",
         )
+
+
+def _activity(work: Work) -> str:
+    """What a worker is at, as the coordinator is told."""
+    return work.waiting[:_ACTIVITY] or ("ending late work" if work.finishing else "training")
 
 
 def _run_of(action: Action) -> RunId | None:

@@ -41,6 +41,7 @@ base_model = "models/llama-8b"     # folder of the base model that plans may nam
 network_interface = "ib0"          # for NCCL and gloo; left out: they decide
 checkpoint_every_s = 600           # in mid-round, for a worker that is killed; 0: never
 carry_over = true                  # work that came too late is added to the next update
+finish_within_s = 300              # for a worker in mid-step, when the round went on without it
 start_within_s = 300
 hangs_after_s = 120
 [allow]
@@ -143,6 +144,7 @@ class WorkerConfig(_Section):
     network_interface: str | None = Field(default=None, pattern=r"^[\w.:=^,-]{1,60}$")
     checkpoint_every_s: float = Field(default=600.0, ge=0, le=86_400)
     carry_over: bool = True
+    finish_within_s: float = Field(default=300.0, gt=0, le=86_400)
     start_within_s: float = Field(default=300.0, gt=0, le=86_400)
     hangs_after_s: float = Field(default=120.0, gt=0, le=86_400)
 

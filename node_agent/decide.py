@@ -83,6 +83,13 @@ class Withdraw:
 
 
 @dataclass(frozen=True, slots=True)
+class FinishEarly:
+    """Ask for what the round's job has done so far: a later round takes it along."""
+
+    round: RoundId
+
+
+@dataclass(frozen=True, slots=True)
 class SayReady:
     """Check what the local step produced and say that it is there."""
 
@@ -151,6 +158,7 @@ Action = (
     | SayDecline
     | Train
     | Withdraw
+    | FinishEarly
     | SayReady
     | SayLeave
     | MakeVector
@@ -176,6 +184,8 @@ class Work:
     waiting: str = ""  # of "running": for what it waits before it can begin, in a few words
     refusal: Refusal | None = None  # of "failed": code and sentence
     left_over: bool = False  # of "none": an earlier agent handed it in, a worker may take it up
+    # of "running": only what is done so far is still wanted; "overdue": that takes too long
+    finishing: Literal["", "asked", "overdue"] = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +205,8 @@ class Situation:
     held: frozenset[Digest]  # roots of the models on disk
     delivered: frozenset[Action] = frozenset()  # acknowledged, though the view may not show it yet
     work: Work = field(default_factory=Work)
+    earlier: tuple[tuple[RoundId, Work], ...] = ()  # jobs of earlier rounds that are not over
+    carries: bool = False  # what was done and not sent is added to a later update
     unsent: tuple[RoundId, ...] = ()  # rounds whose computed model was not acknowledged yet
     gate: Gate = Passed()  # noqa: RUF009 - frozen; whether the log bears out what is shown
     secure: SecureKnown | None = None  # this node's state in a secure sum of this run
@@ -228,7 +240,7 @@ def decide(s: Situation) -> Decision:
             return _answer_refusal(s, s.refusal)
         return _do(FetchPlan(s.seen.run), "reading the plan")
     after, now = _after_release(s), _current(s, s.plan)
-    closing = (*_late_confirms(s), *_leftover(s), *_unsettled(s))
+    closing = (*_late_confirms(s), *_leftover(s), *_unsettled(s), *_overtaken(s))
     if not after.actions:
         return Decision(actions=closing + now.actions, why=now.why)
     return Decision(actions=closing + after.actions + now.actions, why=f"{after.why}; {now.why}")
@@ -272,6 +284,20 @@ def forgotten(view: View, states: Iterable[SecureKnown]) -> tuple[Action, ...]:
         for known in states
         if known.round.run not in shown and known.stage != "closed"
     )
+
+
+def _overtaken(s: Situation) -> tuple[Action, ...]:
+    """What becomes of jobs whose round is over, while a later one is shown."""
+    ending = [_ending(s, round_, work) for round_, work in s.earlier]
+    return tuple(action for action in ending if action is not None)
+
+
+def _ending(s: Situation, round_: RoundId, work: Work) -> Action | None:
+    """How a job ends that its round does not wait for any more; None: it is ending."""
+    wanted = s.carries and s.stopped is None and s.seen.status == "active"
+    if not wanted or work.finishing == "overdue":
+        return Withdraw(round_)
+    return FinishEarly(round_) if not work.finishing else None
 
 
 _OVER = (Released.__name__, Aborted.__name__, Burned.__name__)
@@ -420,6 +446,9 @@ def _while_training(s: Situation, plan: Plan, current: RoundSeen, phase: Trainin
 def _at_work(s: Situation, round_: RoundId) -> Decision:
     match s.work.state:
         case "none":
+            if s.earlier:
+                before, _ = s.earlier[0]
+                return _wait(f"round {round_}: the worker ends its work for round {before} first")
             return _do(Train(round_), f"round {round_}: starting the local step")
         case "running":
             if s.work.waiting:
@@ -456,7 +485,10 @@ def _while_uploading(s: Situation, plan: Plan, current: RoundSeen, phase: Upload
 
 def _withdraw_or(s: Situation, current: RoundSeen, why: str) -> Decision:
     if s.work.state == "running" or s.work.left_over:
-        return _do(Withdraw(current.round), f"{why}; stopping the local step")
+        ending = _ending(s, current.round, s.work)
+        if ending is None:
+            return _wait(f"{why}; keeping what the local step has done")
+        return _do(ending, f"{why}; stopping the local step")
     return _wait(why)
 
 

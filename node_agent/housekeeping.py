@@ -55,7 +55,8 @@ def _sound(site: Site, spool: Spool, over: RoundId) -> Result | None:
 def tidy(site: Site, round_: RoundId, *, current: bool) -> None:
     """Remove vectors, jobs and models of rounds that are over. Blocking.
 
-    A run that this node stopped taking part in keeps everything: it is evidence.
+    A run that this node stopped taking part in keeps everything: it is evidence. A job that a
+    worker is still on is left to it: ``decide`` ends it.
 
     Args:
         site: the node.
@@ -73,7 +74,10 @@ def tidy(site: Site, round_: RoundId, *, current: bool) -> None:
     launcher = site.launchers.get(record.plan.local_step.kind)
     joined = [RoundId(run, number) for number in site.journal.open_rounds(run)]
     if launcher is not None:
+        busy = {round_ for round_, _ in launcher.unfinished(run, end)}
         for over in [earlier for earlier in joined if earlier.number < end][-_JOBS:]:
+            if over in busy:
+                continue  # what it has done is still to come
             if carries(record.plan):
                 _carry(site, launcher, record.plan, over)
             launcher.forget(job_id(over))

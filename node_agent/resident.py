@@ -228,13 +228,19 @@ class JobContext:
     clock: Clock
     status: StatusWriter
 
-    def say(self, event: str, **fields: Any) -> StatusEvent:
-        """Append an event to the job's status.jsonl."""
-        return self.status.event(event, **fields)  # type: ignore[arg-type]
+    def say(self, event: str, **fields: Any) -> None:
+        """Append an event to the job's status.jsonl; nobody listens if the job was removed."""
+        with contextlib.suppress(FileNotFoundError):
+            self.status.event(event, **fields)  # type: ignore[arg-type]
 
     def withdrawn(self) -> bool:
-        """Whether the agent cancelled the job."""
-        return self.spool.cancel(self.job.id).exists()
+        """Whether the agent cancelled the job, or removed it."""
+        name = self.job.id
+        return self.spool.cancel(name).exists() or not self.spool.job(name).exists()
+
+    def to_finish(self) -> bool:
+        """Whether no further step is wanted, only the update of those that were done."""
+        return self.spool.finish(self.job.id).exists()
 
     def check(self) -> None:
         """Leave the job if there is a reason.

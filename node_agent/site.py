@@ -98,6 +98,7 @@ def make_launchers(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> di
         "environment": environment,
         "start_within_s": config.worker.start_within_s,
         "hangs_after_s": config.worker.hangs_after_s,
+        "finish_within_s": config.worker.finish_within_s,
         "rng": rng,
     }
     builtin, flower = Spool(folder.spool.resolve()), Spool(folder.flower_spool.resolve())
@@ -131,6 +132,7 @@ def slurm_launcher(folder: NodeFolder, config: NodeConfig, *, rng: Random) -> Sl
         environment=worker_environment(config.worker, {}),
         start_within_s=config.worker.start_within_s,
         hangs_after_s=config.worker.hangs_after_s,
+        finish_within_s=config.worker.finish_within_s,
         rng=rng,
     )
 

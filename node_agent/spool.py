@@ -6,7 +6,9 @@ so the same worker runs as a child process or inside a Slurm allocation.
     worker.json            who serves this spool, written when it is ready for jobs
     alive                  touched about once a second
     drain                  made by the agent: finish the step, put the state away, leave
-    jobs/<id>.json         one job, ``<id>`` is ``<run>.<round>``; jobs/<id>.cancel stops it
+    jobs/<id>.json         one job, ``<id>`` is ``<run>.<round>``
+    jobs/<id>.cancel       made by the agent: stop the job, nothing of it is wanted
+    jobs/<id>.finish       made by the agent: begin no further step, what is done is the update
     out/<id>/status.jsonl  what happens to it, one JSON object per line
     out/<id>/delta.f32     the update: little-endian float32, selected tensors, manifest order
     out/<id>/spent.json    what it used before it was interrupted
@@ -342,6 +344,9 @@ class Spool:
     def cancel(self, name: str) -> Path:
         return self.jobs / f"{name}.cancel"
 
+    def finish(self, name: str) -> Path:
+        return self.jobs / f"{name}.finish"
+
     def out(self, name: str) -> Path:
         return self.root / "out" / name
 
@@ -501,6 +506,7 @@ def write_job(spool: Spool, job: Job) -> None:
         if not read_job(path).same_work(job):
             shutil.rmtree(spool.out(job.id), ignore_errors=True)
     spool.cancel(job.id).unlink(missing_ok=True)
+    spool.finish(job.id).unlink(missing_ok=True)
     if not spool.result(job.id).exists():
         spool.status(job.id).unlink(missing_ok=True)
     atomic_write(path, job.to_bytes())
@@ -522,6 +528,11 @@ def read_job(path: Path) -> Job:
 def request_cancel(spool: Spool, name: str) -> None:
     """Ask the worker to stop a job; it answers with the event ``cancelled``."""
     spool.cancel(name).touch()
+
+
+def request_finish(spool: Spool, name: str) -> None:
+    """Ask the worker to begin no further step of a job; it answers as when its time box is full."""
+    spool.finish(name).touch()
 
 
 def request_drain(spool: Spool) -> None:
@@ -547,6 +558,7 @@ def forget_job(spool: Spool, name: str) -> None:
     """Remove a job and what it produced; the worker's state of the run stays."""
     spool.job(name).unlink(missing_ok=True)
     spool.cancel(name).unlink(missing_ok=True)
+    spool.finish(name).unlink(missing_ok=True)
     shutil.rmtree(spool.out(name), ignore_errors=True)
 
 

@@ -7,7 +7,10 @@ and look the same from the agent's side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pydantic import ValidationError
@@ -20,12 +23,15 @@ from node_agent.spool import (
     Spool,
     forget_job,
     last_status,
+    parse_job_id,
+    read_job,
     request_cancel,
+    request_finish,
     write_job,
 )
 from protocols.canonical import parse_json
 from protocols.errors import MalformedMessageError, WorkerError
-from protocols.identifiers import RoundId
+from protocols.identifiers import RoundId, RunId
 from protocols.plan import Plan
 
 GIVE_UP: Final = 3  # losses of the worker under one job
@@ -36,9 +42,12 @@ class Launcher:
     """One spool, the jobs in it, and whoever serves it."""
 
     spool: Spool
+    finish_within_s: float = 300.0  # patience with a worker that was asked to finish a job
+    monotonic: Callable[[], float] = time.monotonic
     _wanted: dict[str, Job] = field(default_factory=dict)
     _lost_under: dict[str, int] = field(default_factory=dict)
     _last_reason: str = ""
+    _to_finish: dict[str, float] = field(default_factory=dict)  # since when, monotonic seconds
 
     # -- jobs ------------------------------------------------------------------------------------
 
@@ -46,21 +55,67 @@ class Launcher:
         """Ask for a job; asking again for the same work keeps what is done. Blocking, short."""
         write_job(self.spool, job)
         self._wanted[job.id] = job
+        self._to_finish.pop(job.id, None)
 
     def cancel(self, name: str) -> None:
-        """Withdraw a job."""
+        """Withdraw a job: nothing of it is wanted."""
         self._wanted.pop(name, None)
+        self._to_finish.pop(name, None)
         if self.spool.job(name).exists():
             request_cancel(self.spool, name)
+
+    def finish(self, name: str) -> None:
+        """Ask for what a job has done so far; withdraw it if nothing can be done yet. Blocking.
+
+        Also a job of an earlier agent: the worker takes it up where it was put away.
+        """
+        try:
+            job = read_job(self.spool.job(name))
+            begun = last_status(self.spool, name) is not None
+        except (OSError, MalformedMessageError):
+            begun = False
+        if not begun or job.select == "none":
+            self.cancel(name)
+            return
+        request_finish(self.spool, name)
+        self._wanted[name] = job
+        self._to_finish.setdefault(name, self.monotonic())
+
+    def unfinished(self, run: RunId, before: int) -> tuple[tuple[RoundId, Work], ...]:
+        """Jobs of earlier rounds of a run that a worker is on, or may take up; oldest first."""
+        found = []
+        for entry in self._jobs():
+            round_ = _round_of(entry)
+            if round_ is None or round_.run != run or round_.number >= before:
+                continue
+            work = self.work(entry.removesuffix(".json"))
+            if work.state == "running" or work.left_over:
+                found.append((round_, work))
+        return tuple(sorted(found, key=lambda each: each[0].number))
+
+    def _jobs(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.spool.jobs) if name.endswith(".json")]
+        except FileNotFoundError:
+            return []
 
     def forget(self, name: str) -> None:
         """Remove a job and what it produced. Blocking."""
         self._wanted.pop(name, None)
+        self._to_finish.pop(name, None)
         self._lost_under.pop(name, None)
         forget_job(self.spool, name)
 
     def work(self, name: str) -> Work:
         """How far a job is. Whatever the worker wrote, the answer is one clear state."""
+        work = self._how_far(name)
+        since = self._to_finish.get(name)
+        if work.state != "running" or since is None:
+            return work
+        overdue = self.monotonic() - since >= self.finish_within_s
+        return replace(work, finishing="overdue" if overdue else "asked")
+
+    def _how_far(self, name: str) -> Work:
         if self.spool.result(name).exists():
             return Work(state="finished")
         if name not in self._wanted:  # also after a restart of the agent: it is asked for again
@@ -149,3 +204,11 @@ class Launcher:
     async def close(self) -> None:
         """The agent ends. Jobs stay in the spool and go on with the next one."""
         raise NotImplementedError
+
+
+def _round_of(entry: str) -> RoundId | None:
+    """Whose job a file is; None: nobody's, as a file on its way to its name."""
+    try:
+        return parse_job_id(entry.removesuffix(".json"))
+    except MalformedMessageError:
+        return None

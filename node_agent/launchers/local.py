@@ -128,7 +128,6 @@ class LocalLauncher(Launcher):
     hangs_after_s: float
     rng: Random
     backoff: Backoff = field(default_factory=lambda: Backoff(first_s=1.0, cap_s=60.0))
-    monotonic: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time  # unix seconds, to compare with the files
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _child: subprocess.Popen[bytes] | None = None

@@ -105,7 +105,6 @@ class SlurmLauncher(Launcher):
     hangs_after_s: float
     rng: Random
     backoff: Backoff = field(default_factory=lambda: Backoff(first_s=5.0, cap_s=300.0))
-    monotonic: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time  # unix seconds
     nonce: Callable[[], str] = lambda: os.urandom(5).hex()
     beat_s: float = 15.0  # of the batch script

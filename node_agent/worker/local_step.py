@@ -134,7 +134,7 @@ class LocalStepRun:
     put_away: Callable[[], None] = lambda: None  # the middle, on all ranks together
 
     def run(self) -> None:
-        """Train until the time box is full.
+        """Train until the time box is full, or the agent asks for what is done.
 
         ``progress`` and ``position`` are right whenever this returns or raises, so an interrupted
         job can be put away as it is.
@@ -152,7 +152,7 @@ class LocalStepRun:
             batch, trouble = self._read()
             meeting = self.gate.meet(
                 [loss],
-                enough=self.limits.reached(self.progress, now=self.clock.now()),
+                enough=self._enough(),
                 due=self._due(kept_at),
                 trouble=trouble,
             )
@@ -178,6 +178,11 @@ class LocalStepRun:
             self.progress.tokens += batch.tokens
             self.progress.records += batch.records
             self.my_steps += 1
+
+    def _enough(self) -> bool:
+        """Whether the box is full, or the agent wants no further step. Rank 0's answer counts."""
+        told = self.context is not None and self.context.to_finish()
+        return told or self.limits.reached(self.progress, now=self.clock.now())
 
     def _due(self, kept_at: float) -> bool:
         every = self.put_away_every_s

@@ -201,7 +201,7 @@ class Task:
         finally:
             text.close()
         if not run.progress.steps:
-            raise JobFailedError("train.no_steps", "the deadline passed before the first step")
+            raise JobFailedError("train.no_steps", "the time was over before the first step")
         return run, remember(None)
 
     def train_private(

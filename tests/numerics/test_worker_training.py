@@ -15,7 +15,13 @@ import pytest
 import torch
 
 from node_agent.resident import Clock, JobFailedError
-from node_agent.spool import last_status, read_status, request_cancel
+from node_agent.spool import (
+    forget_job,
+    last_status,
+    read_status,
+    request_cancel,
+    request_finish,
+)
 from node_agent.worker import state
 from node_agent.worker.data import epoch_order, index_corpus
 from node_agent.worker.optimizer import InnerOptimizer
@@ -693,27 +699,78 @@ def test_a_deadline_that_has_passed_is_said(tmp_path):
     assert (last.event, last.code) == ("failed", "train.no_steps")
 
 
-def test_a_cancelled_job_stops_between_two_steps(tmp_path):
-    site = make_site(tmp_path, local_step={"max_steps": 1000})
-    job = site.ask()
+def when_heard(site, act) -> Worker:
+    """A worker; what it says of its progress makes somebody act, again and again."""
     worker = Worker(site, clock=ticking(1.0))
     real = worker.trainer.do
 
-    class CancelledWhenHeard:
+    class Heard:
         def __init__(self, status):
             self.status = status
 
         def event(self, event, **fields):
             if event == "progress":
-                request_cancel(site.spool, job.id)
+                act()
             return self.status.event(event, **fields)
 
     def do(asked, context):
-        context.status = CancelledWhenHeard(context.status)
+        context.status = Heard(context.status)
         return real(asked, context)
 
     worker.trainer.do = do
+    return worker
+
+
+def test_a_job_that_is_to_finish_has_the_update_of_its_steps(tmp_path):
+    """The same bits as a time box of so many steps; then the data goes on from there."""
+    early, boxed = (
+        make_site(tmp_path / name, local_step=ADAM | {"max_steps": 1000})
+        for name in ("early", "boxed")
+    )
+    job = early.ask()
+    worker = when_heard(early, lambda: request_finish(early.spool, job.id))
     worker.answer()
+    result = early.result(job)
+    assert 0 < result.steps < 1000
+    assert events(read_status(early.spool, job.id))[-1] == "done"
+    boxed.ask(max_steps=result.steps)
+    other = Worker(boxed)
+    other.answer()
+    assert early.delta(job).tobytes() == boxed.delta(job).tobytes()
+
+    following = [site.ask(1, max_steps=2) for site in (early, boxed)]
+    worker.answer()
+    other.answer()
+    assert early.delta(following[0]).tobytes() == boxed.delta(following[1]).tobytes()
+
+
+def test_a_job_that_is_to_finish_before_its_first_step_has_no_update(tmp_path):
+    site = make_site(tmp_path)
+    job = site.ask()
+    request_finish(site.spool, job.id)
+    Worker(site).answer()
+
+    last = last_status(site.spool, job.id)
+    assert (last.event, last.code) == ("failed", "train.no_steps")
+
+
+def test_a_job_that_is_removed_under_the_worker_ends(tmp_path):
+    """As one that was cancelled; nobody listens any more, and the next job is done."""
+    site = make_site(tmp_path, local_step={"max_steps": 1000})
+    job = site.ask()
+    worker = when_heard(site, lambda: forget_job(site.spool, job.id))
+    worker.answer()
+    assert not site.spool.out(job.id).exists()
+
+    following = site.ask(1, max_steps=2)
+    worker.answer()
+    assert site.result(following).steps == 2
+
+
+def test_a_cancelled_job_stops_between_two_steps(tmp_path):
+    site = make_site(tmp_path, local_step={"max_steps": 1000})
+    job = site.ask()
+    when_heard(site, lambda: request_cancel(site.spool, job.id)).answer()
 
     assert "progress" in events(read_status(site.spool, job.id))
     assert events(read_status(site.spool, job.id))[-1] == "cancelled"

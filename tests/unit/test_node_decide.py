@@ -13,6 +13,7 @@ import pytest
 from node_agent.decide import (
     ComputeNext,
     FetchPlan,
+    FinishEarly,
     MakeVector,
     ObtainModel,
     SayConfirm,
@@ -92,6 +93,23 @@ def after(phase, **changes):
     """Round 1 in a phase, round 0 released before it."""
     current = round_seen(phase, number=1)
     return situation(run_seen(current, last=LAST), **changes)
+
+
+LATE = Uploading(terms=TERMS, closes_at=CLOSES, attempt=1, ready=OTHERS)
+FINISHING = Work(state="running", step=3, finishing="asked")
+OVERDUE = Work(state="running", step=3, finishing="overdue")
+BEFORE = ((ROUND, Work(state="running", step=3)),)
+
+
+def next_round(phase, earlier, **changes):
+    """Round 1 in a phase, while a worker is still on the job of round 0, which others ended."""
+    known = {
+        "record": joined(1),
+        "held": frozenset({FIRST.model_root, SECOND.model_root}),
+        "carries": True,
+        "earlier": earlier,
+    }
+    return situation(run_seen(round_seen(phase, number=1)), **known | changes)
 
 
 TABLE = [
@@ -336,6 +354,62 @@ TABLE = [
         [Withdraw(ROUND)],
         "round r1/0 goes on without this node; stopping the local step",
     ),
+    (
+        "too late, and what is done may go into a later update: it is asked for",
+        running(LATE, record=joined(), work=Work(state="running"), carries=True),
+        [FinishEarly(ROUND)],
+        "round r1/0 goes on without this node; stopping the local step",
+    ),
+    (
+        "too late while the agent was away: likewise",
+        running(LATE, record=joined(), work=Work(left_over=True), carries=True),
+        [FinishEarly(ROUND)],
+        None,
+    ),
+    (
+        "it was asked for",
+        running(LATE, record=joined(), work=FINISHING, carries=True),
+        [],
+        "round r1/0 goes on without this node; keeping what the local step has done",
+    ),
+    (
+        "it takes too long: as without",
+        running(LATE, record=joined(), work=OVERDUE, carries=True),
+        [Withdraw(ROUND)],
+        None,
+    ),
+    (
+        "this node takes no further part: there is no later update",
+        running(LATE, record=joined(), work=Work(state="running"), carries=True, stopped=NO),
+        [Withdraw(ROUND)],
+        None,
+    ),
+    # -- jobs of rounds that others have finished since
+    (
+        "the next round is joined meanwhile",
+        next_round(Open(terms=TERMS, closes_at=CLOSES), BEFORE, record=None),
+        [FinishEarly(ROUND), SayJoin(RoundId(RUN, 1), SECOND.model_root)],
+        "joining round r1/1",
+    ),
+    (
+        "its training waits for the worker",
+        next_round(TRAINING, ((ROUND, FINISHING),)),
+        [],
+        "round r1/1: the worker ends its work for round r1/0 first",
+    ),
+    (
+        "not for ever",
+        next_round(TRAINING, ((ROUND, OVERDUE),)),
+        [Withdraw(ROUND)],
+        "round r1/1: the worker ends its work for round r1/0 first",
+    ),
+    ("until it has ended", next_round(TRAINING, ()), [Train(RoundId(RUN, 1))], None),
+    (
+        "nothing is carried over: stopped at once",
+        next_round(TRAINING, BEFORE, carries=False),
+        [Withdraw(ROUND)],
+        None,
+    ),
     # -- the end
     (
         "released, not open",
@@ -371,6 +445,17 @@ TABLE = [
         ),
         [Withdraw(ROUND)],
         "the run is stopped; stopping the local step",
+    ),
+    (
+        "the same where late work is carried over: no round will take it",
+        situation(
+            run_seen(round_seen(Aborted(code="stopped", reason="by hand")), status="stopped"),
+            record=joined(),
+            work=Work(state="running"),
+            carries=True,
+        ),
+        [Withdraw(ROUND)],
+        None,
     ),
     # -- after a release
     (
@@ -489,6 +574,7 @@ def test_every_action_is_reached():
     assert reached == {
         ComputeNext,
         FetchPlan,
+        FinishEarly,
         MakeVector,
         ObtainModel,
         SayConfirm,
