@@ -31,7 +31,6 @@ from node_agent.spool import (
     Job,
     Result,
     Spool,
-    StatusEvent,
     StatusWriter,
     WorkerInfo,
     atomic_write,

@@ -95,7 +95,8 @@ class Launcher:
 
     def _jobs(self) -> list[str]:
         try:
-            return [name for name in os.listdir(self.spool.jobs) if name.endswith(".json")]
+            with os.scandir(self.spool.jobs) as entries:
+                return [entry.name for entry in entries if entry.name.endswith(".json")]
         except FileNotFoundError:
             return []
 

@@ -35,6 +35,7 @@ from node_agent.resident import Process
 from node_agent.spool import DataPaths, Job, Spool, last_status, read_result, read_status
 from node_agent.worker.init_model import write_model
 from protocols.errors import FederationError, WorkerError
+from protocols.identifiers import RunId
 from tests.support.node import rng
 from tests.support.plans import MANIFEST
 from tests.support.worker import TINY, Site, make_plan
@@ -245,6 +246,58 @@ def test_a_withdrawn_job_is_cancelled(tmp_path):
 
     assert bench.until(stop_it).state == "none"
     assert not bench.launcher.under_way()
+
+
+def test_a_job_is_asked_for_what_it_has_done(tmp_path):
+    bench = Bench(tmp_path, "counts")
+
+    def ask(work: Work) -> bool:
+        if work.step >= 3:
+            bench.launcher.finish(bench.job.id)
+        return finished(work)
+
+    assert bench.until(ask).state == "finished"
+    assert read_result(bench.spool, bench.job, MANIFEST).steps >= 3
+    assert bench.launcher.unfinished(RunId("r1"), 9) == ()
+
+
+def test_a_deaf_worker_is_overdue(tmp_path):
+    """From when it was asked first: asking again does not begin the wait again."""
+    now = [100.0]
+    bench = Bench(tmp_path, "deaf", finish_within_s=30.0, monotonic=lambda: now[0])
+    bench.until(lambda work: work.step >= 1)  # the worker is ended; its job stays
+    asked = []
+    for at in (100.0, 129.0, 130.0):
+        now[0] = at
+        bench.launcher.finish(bench.job.id)
+        asked.append(bench.launcher.work(bench.job.id).finishing)
+    assert asked == ["asked", "asked", "overdue"]
+
+    bench.launcher.cancel(bench.job.id)
+    assert bench.launcher.unfinished(RunId("r1"), 9) == ()
+    bench.launcher.submit(bench.job)  # asked for again, all of it is wanted
+    assert bench.launcher.work(bench.job.id) == Work(state="running")
+
+
+def test_what_no_worker_has_begun_is_withdrawn(tmp_path):
+    bench = Bench(tmp_path, "counts")
+    bench.launcher.submit(bench.job)
+    bench.launcher.finish(bench.job.id)
+
+    assert bench.launcher.work(bench.job.id) == Work(state="none")
+    assert bench.spool.cancel(bench.job.id).exists()
+
+
+def test_a_job_of_an_earlier_agent_is_taken_up_and_finished(tmp_path):
+    first = Bench(tmp_path, "counts", "counts")
+    first.until(lambda work: work.step >= 1)
+    bench = Bench(tmp_path, "counts")
+    assert bench.launcher.unfinished(RunId("r1"), 0) == ()
+    ((round_, work),) = bench.launcher.unfinished(RunId("r1"), 1)
+    assert (round_, work) == (bench.job.round_id, Work(left_over=True))
+
+    bench.launcher.finish(bench.job.id)
+    assert bench.until(finished, submit=False).state == "finished"
 
 
 def test_a_child_and_what_it_started_are_ended(tmp_path):

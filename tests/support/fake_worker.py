@@ -5,7 +5,10 @@
 ``DIR/behave`` holds one word for each start of the worker, used up line by line; then ``well``:
 
     well      answers every job with a delta of ones, after ``DIR/steps`` steps of 0.05 s
-    slow      never finishes a job, but lives
+    slow      never finishes a job by itself, but lives
+    counts    goes on until it has done ``DIR/steps.<round>`` steps (a file that may appear later);
+              the delta has one step of the grid for each, and what the job says to add
+    deaf      likewise, but does not hear that a job is to finish
     die       ends with status 7 as soon as it takes a job
     stillborn ends with status 9 before it is ready
     hang      stops touching ``alive`` once it is ready
@@ -87,9 +90,12 @@ def work(spool: Spool, job: Job, how: str, parent: Process | None) -> None:
         with spool.status(job.id).open("ab") as file:
             file.write(b"not json at all\n")
         time.sleep(3600)
-    steps_file = spool.root / "steps"
-    steps = int(steps_file.read_text()) if steps_file.exists() else 2
-    for step in range(steps if how != "slow" else 10**6):
+    counting, done = how in ("counts", "deaf"), 0
+    steps_file = spool.root / (f"steps.{job.round}" if counting else "steps")
+    while True:
+        steps = int(steps_file.read_text()) if steps_file.exists() else (10**6 if counting else 2)
+        if done >= steps and how != "slow":
+            break
         spool.alive.touch()
         if parent is not None and not parent.lives():
             os._exit(1)
@@ -99,17 +105,23 @@ def work(spool: Spool, job: Job, how: str, parent: Process | None) -> None:
         if spool.drain.exists():
             status.event("interrupted")
             return
-        status.event("progress", step=step + 1, max_steps=steps, tokens=10 * (step + 1))
+        if spool.finish(job.id).exists() and how != "deaf":
+            break
+        done += 1
+        status.event("progress", step=done, max_steps=steps, tokens=10 * done)
         time.sleep(0.05)
-    answer(spool, job, how)
+    answer(spool, job, how, done)
     status.event("done")
 
 
-def answer(spool: Spool, job: Job, how: str) -> None:
+def answer(spool: Spool, job: Job, how: str, done: int) -> None:
     """Write delta and result, or something like them."""
     manifest = Manifest.from_bytes(Path(job.manifest).read_bytes())
     count = sum(segment.coordinates for segment in manifest.select(job.select))
-    delta = np.full(count, 2.0**-10, "<f4")
+    counting = how in ("counts", "deaf")
+    delta = np.full(count, (done if counting else 1) * 2.0**-10, "<f4")
+    for path in job.carry if counting else ():
+        delta += np.fromfile(path, "<f4")
     if how == "nan":
         delta[count // 2] = np.nan
     data = delta.tobytes()
@@ -120,8 +132,8 @@ def answer(spool: Spool, job: Job, how: str) -> None:
         return
     result = Result(
         id=job.id,
-        steps=2,
-        tokens=20,
+        steps=done if counting else 2,
+        tokens=10 * done if counting else 20,
         records=2,
         loss_nats=1.0,
         seconds=0.1,
