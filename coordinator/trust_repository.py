@@ -54,6 +54,7 @@ from protocols.governance.repository import (
     in_force,
     parse_metadata,
     sha256_of,
+    target_name,
     verify_repository,
 )
 from protocols.governance.signers import read_charter
@@ -303,6 +304,7 @@ class TrustRepository:
                 f"the root is of federation {after.federation}, this is {self._federation}",
                 rule="trust.shape",
             )
+        self._check_named(files, after)
         after = count_in_office(before, after, now)
         changes = check_successor(before, after, in_force=self.policy())
         await self._check_hearings(before, after, now)
@@ -324,6 +326,19 @@ class TrustRepository:
         names = expelled_between(before.members, after.members)
         known = {name: await self.heard(name, now) for name in names}
         check_hearings(before.members, after.members, lambda name, _: known[name], now)
+
+    def _check_named(self, files: Mapping[str, bytes], after: TrustState) -> None:
+        """Nothing is kept and served that no signed file names, or not with these bytes."""
+        named = {target_name(path, it.sha256): it.sha256 for path, it in after.targets.items()}
+        for name in sorted(files.keys() - self._files.keys()):
+            role, version = _version_of(name)
+            newest = after.versions.get(role, 0)
+            used = version == newest or (role == roles.ROOT and version < newest)
+            if named.get(name) != sha256_of(files[name]) and not (version and used):
+                raise TrustRefusedError(
+                    f"nothing that was signed names {name!r:.100} with these bytes",
+                    rule="trust.shape",
+                )
 
     def _check_online(self, files: Mapping[str, bytes]) -> None:
         """A root that would take the online roles away from this coordinator is not for it."""
