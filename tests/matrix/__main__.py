@@ -1,6 +1,6 @@
 """Runs the matrix of faults and makes the page.
 
-    python -m tests.matrix [--only WORD] [--again]     run what is left, then render
+    python -m tests.matrix [--only PATTERN] [--again]     run what is left, then render
     python -m tests.matrix --render                    docs/faults.json -> docs/faults.md
 
 A case that has run is kept in build/faults and not run again: the whole takes about half an hour
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="cases whose name holds this word")
+    parser.add_argument("--only", default="", help="cases whose name this pattern finds")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()

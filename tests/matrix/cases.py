@@ -82,6 +82,15 @@ class Bench:
             assert counted == [(NODES, NODES * 65_536)] * self.rounds, counted
         return self._wanted
 
+    def settle(self) -> None:
+        """Let a run end, so that everybody is back from the case before.
+
+        A process that the case before started again may need long to come up on a busy machine;
+        that is no part of what comes next.
+        """
+        found = results(self.running.confirmed(self.submit("settling"), timeout_s=PATIENCE_S))
+        assert found == self.undisturbed(), found
+
     def outcome(self, report: RunReport) -> str:
         """Whether a run came to the very results of the undisturbed one."""
         if report.status != "done":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -60,6 +61,15 @@ def network(made: Bench) -> tuple[list[Row], frozenset[str]]:
     return rows, frozenset()
 
 
+def node_clock(made: Bench) -> tuple[list[Row], frozenset[str]]:
+    """One node's clock is ahead, and behind."""
+    rows = []
+    with troubles.node_with_a_clock(made) as clock:
+        for by_s in (troubles.HOUR_S, -troubles.HOUR_S):
+            rows += troubles.suffer(made, troubles.node_clock_wrong(clock, by_s))
+    return rows, frozenset()
+
+
 def disk(made: Bench) -> tuple[list[Row], frozenset[str]]:
     """No room for anybody."""
     troubles.little_is_enough(made)
@@ -80,6 +90,10 @@ CLOCK: Final[dict[str, Play]] = {
     "clock-forwards": trouble(lambda made: troubles.clock_jump(made, troubles.HOUR_S)),
     "clock-back": trouble(lambda made: troubles.clock_jump(made, -troubles.HOUR_S)),
 }
+WRONG_CLOCK: Final[dict[str, Play]] = {
+    "clock-behind": trouble(lambda made: troubles.clock_wrong(made, -troubles.HOUR_S)),
+    "node-clock": node_clock,
+}
 STANDSTILL: Final[dict[str, Play]] = {
     "coordinator-stands-still": trouble(lambda made: troubles.standstill(made, "coordinator")),
     "node-stands-still": trouble(lambda made: troubles.standstill(made, "node")),
@@ -91,7 +105,12 @@ DATABASE: Final[dict[str, Play]] = {
 UPGRADE: Final[dict[str, Play]] = {"upgrade": trouble(troubles.upgrade)}  # for good
 NETWORK: Final[dict[str, Play]] = {"network": network}  # the last: nodes change their address
 GROUPS: Final[dict[tuple[Database, Mode, str], dict[str, Play]]] = {
-    ("sqlite", "aggregate-only", "main"): KILLS | CLOCK | STANDSTILL | UPGRADE | NETWORK,
+    ("sqlite", "aggregate-only", "main"): KILLS
+    | CLOCK
+    | WRONG_CLOCK
+    | STANDSTILL
+    | UPGRADE
+    | NETWORK,
     # What the network, a full disk and a process that stands still do is not the database's affair.
     ("postgresql", "aggregate-only", "main"): KILLS | DATABASE | CLOCK | UPGRADE,
     ("postgresql", "aggregate-only", "two"): {"two-coordinators": two},
@@ -112,7 +131,7 @@ def groups(*, only: str) -> list[str]:
             left = {
                 name: play
                 for name, play in names.items()
-                if only in name and not (OUT / f"{name}.json").exists()
+                if re.search(only, name) and not (OUT / f"{name}.json").exists()
             }
             if not left:
                 continue
@@ -142,9 +161,11 @@ def _group(
                 bench(folder / "federation", mode=mode, database=database, server=server)
             )
             for name, play in cases.items():
-                began = time.monotonic()
+                made.settle()
+                began, load = time.monotonic(), os.getloadavg()[0]
+                print(f"{name}: begins, load average {load:.1f}", flush=True)
                 rows, missed = play(made)
-                _keep(name, rows, missed, time.monotonic() - began)
+                _keep(name, rows, missed, time.monotonic() - began, load)
     except Exception:  # noqa: BLE001 - the other groups shall run; this one is named at the end
         traceback.print_exc()
         return [name for name in cases if not (OUT / f"{name}.json").exists()]
@@ -153,17 +174,22 @@ def _group(
     return []
 
 
-def _keep(name: str, rows: list[Row], missed: frozenset[str], seconds: float) -> None:
+def _keep(name: str, rows: list[Row], missed: frozenset[str], seconds: float, load: float) -> None:
     said: dict[str, Any] = {
         "case": name,
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds),
+        # Runnable processes of the whole machine, over a minute: before the case, and at its end.
+        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
         "rows": [dataclasses.asdict(row) for row in rows],
         "missed": sorted(missed),
     }
     (OUT / f"{name}.json").write_text(json.dumps(said, indent=1) + "\n")
     bad = [row for row in rows if row.outcome != "same"]
-    print(f"{name}: {len(rows)} faults, {len(bad)} bad, {len(missed)} missed, {seconds:.0f} s")
+    print(
+        f"{name}: {len(rows)} faults, {len(bad)} bad, {len(missed)} missed, {seconds:.0f} s",
+        flush=True,
+    )
     for row in bad:
         print(f"  {row}")
 

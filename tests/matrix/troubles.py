@@ -25,8 +25,8 @@ from coordinator.config import load_config as load_coordinator
 from infra.demo.federation import COORDINATOR
 from tests.matrix.cases import PATIENCE_S, Bench, Row
 from tests.matrix.relay import Relay, Weather
-from tests.support.faulty_coordinator import read_shift
-from tests.support.federation import CLOCK, Running
+from tests.support.faulty_coordinator import read_shift, shift
+from tests.support.federation import CLOCK, ROOT, Running
 from tests.support.second import SECOND, make_second, second_client, start_second, tell_nodes
 
 OPEN_PHASES: Final = ("Open", "Training", "Uploading", "Released")
@@ -217,6 +217,54 @@ def clock_jump(bench: Bench, by_s: float) -> Trouble:
         begin=lambda: bench.running.jump(by_s),
         end=lambda: None,
         lasts_s=0.0,
+    )
+
+
+def clock_wrong(bench: Bench, by_s: float) -> Trouble:
+    """The coordinator's clock is wrong for a while, by comparison with everybody else's."""
+    return Trouble(
+        fault=f"clock is off by {by_s / HOUR_S:+.0f} h for 4 s",
+        victim=COORDINATOR,
+        begin=lambda: bench.running.jump(by_s - _shifted(bench)),
+        end=lambda: bench.running.jump(-_shifted(bench)),
+        lasts_s=4.0,
+    )
+
+
+def _shifted(bench: Bench) -> float:
+    return read_shift(bench.running.folder / CLOCK)
+
+
+@contextmanager
+def node_with_a_clock(bench: Bench) -> Iterator[Path]:
+    """One node whose clock may be set; afterwards it is an ordinary one again."""
+    running = bench.running
+    site = running.sites[0]
+    clock, folder = running.folder / f"clock-of-{site}", running.federation.node_folder(site)
+    command = running.household.python(
+        "tests.matrix.node",
+        *("--dir", str(folder), "--faults", str(running.folder / "faults" / "nobody")),
+        *("--ledger", bench.url, "--clock", str(clock)),
+    )
+    running.household.stop(site)
+    path = {"PYTHONPATH": str(ROOT)}
+    running.household.start(site, command, log=running.federation.log(site), environment=path)
+    bench.settle()
+    try:
+        yield clock
+    finally:
+        running.household.stop(site)
+        running.start_node(site)
+
+
+def node_clock_wrong(clock: Path, by_s: float) -> Trouble:
+    """The clock of one node is wrong for a while."""
+    return Trouble(
+        fault=f"clock is off by {by_s / HOUR_S:+.0f} h for 4 s",
+        victim="node",
+        begin=lambda: shift(clock, by_s),
+        end=lambda: shift(clock, -by_s),
+        lasts_s=4.0,
     )
 
 
