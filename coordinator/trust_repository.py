@@ -304,13 +304,13 @@ class TrustRepository:
                 f"the root is of federation {after.federation}, this is {self._federation}",
                 rule="trust.shape",
             )
-        self._check_named(files, after)
         after = count_in_office(before, after, now)
         changes = check_successor(before, after, in_force=self.policy())
         await self._check_hearings(before, after, now)
         reports = await self.evaluated() if self.evaluated is not None else ()
         counts = self.policy() or policy_of(after)
         check_released(before, after, reports, counts)
+        self._check_named(files, after)
         acts = acts_of(before, after, changes, reports=reports, policy=counts)
         await self._bring_out(files, online, merged, after, acts)
         for change in changes:
