@@ -18,7 +18,7 @@ from typing import Final
 from protocols.crypto.signatures import BadSignatureError
 from protocols.errors import MalformedMessageError, NotReadyError
 from protocols.tlog.checkpoint import Checkpoint
-from protocols.tlog.cosignature import open_checkpoint
+from protocols.tlog.cosignature import MAX_TIME, open_checkpoint
 from protocols.tlog.leaf import Seen
 from protocols.tlog.merkle import EMPTY_ROOT
 from protocols.tlog.note import KeyRing, Note, SignatureLine, VerifierKey
@@ -151,8 +151,11 @@ class LogHub:
 
     # -- witnesses -----------------------------------------------------------------------------
 
-    def greet(self, name: str, latest: bytes, *, now: int) -> None:
+    def greet(self, name: str, latest: bytes) -> None:
         """A witness says what it cosigned last; empty: nothing of this log.
+
+        Whatever the time of that cosignature: a witness whose clock was ahead has cosigned this
+        head all the same, and must not be left out until the time that it wrote has come.
 
         Raises:
             MalformedMessageError, BadSignatureError: it is not this log's checkpoint, or not
@@ -164,7 +167,7 @@ class LogHub:
         else:
             key = self.keys.get(name)
             ring = KeyRing.of([self.log] if key is None else [self.log, key])
-            opened = open_checkpoint(latest, ring, now=now)
+            opened = open_checkpoint(latest, ring, now=MAX_TIME)
             if key is not None and not opened.cosignatures:
                 raise BadSignatureError(f"{name} shows a checkpoint that it has not cosigned")
             self.heads[name] = opened.checkpoint

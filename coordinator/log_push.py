@@ -50,7 +50,7 @@ async def push(hub: LogHub, clock: Clock, name: str, url: str) -> None:
                 path = f"{url}/{monitoring_path(hub.log.name)}"
                 status, body = await asyncio.to_thread(_fetch, path, None)
                 if status in (200, 404):
-                    hub.greet(name, body if status == 200 else b"", now=_unix(clock))
+                    hub.greet(name, body if status == 200 else b"")
                     spoken, wait = True, 0.0
                 else:
                     hub.trouble[name], wait = f"answered {status}", RETRY_S

@@ -152,7 +152,7 @@ class WitnessService(log_pb2_grpc.WitnessServicer):
         first = await anext(stream, None)
         if first is None:
             raise MalformedMessageError("a witness says first what it cosigned last")
-        hub.greet(node, first.latest, now=self._now())
+        hub.greet(node, first.latest)
         while True:
             need_leader(hub)
             asked = hub.request_for(node)
