@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Final, TypeVar
@@ -160,6 +161,7 @@ class Connection:
         self._at = 0
         self._witness_at = 0
         self._closing: set[asyncio.Task[None]] = set()
+        self._streams: set[Any] = set()
         self._open(identity)
 
     @property
@@ -202,6 +204,7 @@ class Connection:
             old = self.channel
             self._open_calls()
             self._close_later(old, TURNED_GRACE_S)
+            self._end_streams()
 
     def dial_again(self, silent: grpc.aio.Channel) -> None:
         """Make a new channel to the same place, if the one that did not answer is still in use.
@@ -214,6 +217,32 @@ class Connection:
             if alone:
                 self._open_witness()
             self._close_later(silent, TURNED_GRACE_S)
+            self._end_streams()
+
+    @contextmanager
+    def stream(self, call: T) -> Iterator[T]:
+        """A call without an end of its own: it ends when its channel is given up.
+
+        Nobody else would notice that a stream on a dead connection brings nothing any more.
+
+        Raises:
+            grpc.aio.UsageError: its channel was given up; ask again on the new one.
+        """
+        self._streams.add(call)
+        try:
+            yield call
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if call in self._streams or task is None or task.cancelling():
+                raise
+            raise grpc.aio.UsageError("the channel was given up") from None
+        finally:
+            self._streams.discard(call)
+            call.cancel()  # type: ignore[attr-defined]
+
+    def _end_streams(self) -> None:
+        while self._streams:
+            self._streams.pop().cancel()
 
     def turn_witness(self) -> None:
         """Offer cosignatures to the next coordinator process: this one does not write the log."""

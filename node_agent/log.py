@@ -232,34 +232,33 @@ class NodeLog:
 
     async def _read(self) -> None:
         request = log_pb2.FollowRequest(size=self.verifier.size)
-        async for page in self.connection.log.Follow(request):
-            accepted = await asyncio.to_thread(
-                self.verifier.take, page.first, list(page.entries), page.checkpoint
-            )
-            if accepted:
-                self.trouble = ""
-                self._changed.set()
-                self._changed = asyncio.Event()
-                self.wake()
+        with self.connection.stream(self.connection.log.Follow(request)) as pages:
+            async for page in pages:
+                accepted = await asyncio.to_thread(
+                    self.verifier.take, page.first, list(page.entries), page.checkpoint
+                )
+                if accepted:
+                    self.trouble = ""
+                    self._changed.set()
+                    self._changed = asyncio.Event()
+                    self.wake()
 
     async def cosign(self) -> None:
         """Answer the coordinator's requests for cosignatures for ever."""
         witness, failures = self.witness, 0
         while witness is not None:
-            call = self.connection.witness.NextCheckpoint()
             try:
-                latest = await asyncio.to_thread(witness.store.latest, self._origin)
-                await call.write(log_pb2.WitnessAnswer(latest=latest or b""))
-                while (request := await call.read()) is not grpc.aio.EOF:
-                    said = await asyncio.to_thread(witness.add, request.body)
-                    await call.write(log_pb2.WitnessAnswer(status=said.status, body=said.body))
-                    failures = 0
+                with self.connection.stream(self.connection.witness.NextCheckpoint()) as call:
+                    latest = await asyncio.to_thread(witness.store.latest, self._origin)
+                    await call.write(log_pb2.WitnessAnswer(latest=latest or b""))
+                    while (request := await call.read()) is not grpc.aio.EOF:
+                        said = await asyncio.to_thread(witness.add, request.body)
+                        await call.write(log_pb2.WitnessAnswer(status=said.status, body=said.body))
+                        failures = 0
             except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
                 logger.debug("no stream of checkpoints: away, or another process leads; ask again")
             except FederationError as error:
                 logger.warning("the witness: %s", error.diagnostics())
-            finally:
-                call.cancel()
             self.connection.turn_witness()
             # With several coordinators the next one may be the writer: it is asked soon.
             turns = failures // len(self.connection.addresses)

@@ -10,6 +10,7 @@ import asyncio
 import os
 from dataclasses import replace
 
+import grpc
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -28,6 +29,7 @@ from protocols.errors import (
     UnreachableError,
     WrongPhaseError,
 )
+from protocols.gen import log_pb2
 from protocols.identifiers import Digest, FederationId
 from protocols.tensors.sizes import UNIT
 from protocols.tensors.units import unit_hashes
@@ -471,6 +473,47 @@ def test_the_stream_of_cosignatures_goes_round_without_the_calls(tmp_path):
         finally:
             await both.close()
             await one.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize("kind", ["log", "witness"])
+def test_a_stream_ends_with_the_connection_that_was_given_up(tmp_path, kind):
+    """On a half-open connection nothing else would end it; cancelling its reader still does."""
+
+    async def deaf(_reader, _writer):
+        await asyncio.sleep(3600)
+
+    async def work():
+        async with bulk_server(tmp_path) as served:
+            identity = served.keys.tls()
+        server = await asyncio.start_server(deaf, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        connection = Connection(f"127.0.0.1:{port}", identity, rng=rng())
+
+        async def read():
+            if kind == "log":
+                call = connection.log.Follow(log_pb2.FollowRequest(size=0))
+            else:
+                call = connection.witness.NextCheckpoint()
+            with connection.stream(call) as pages:
+                return await pages.read()
+
+        try:
+            reading = asyncio.create_task(read())
+            await asyncio.sleep(0.2)
+            assert not reading.done()
+            connection.dial_again(connection.channel)
+            with pytest.raises(grpc.aio.UsageError, match="given up"):
+                await asyncio.wait_for(reading, 20)
+            again = asyncio.create_task(read())
+            await asyncio.sleep(0.2)
+            again.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await again
+        finally:
+            await connection.close()
+            server.close()
 
     run(work())
 

@@ -29,8 +29,10 @@ _OURS: Final = ("coordinator.", "node_agent.")
 # What a process does on its own account; anything else durable means that a round goes on.
 HOUSEKEEPING: Final = frozenset(
     {"tx:open", "tx:take_lease", "tx:renew_lease", "tx:release_lease", "tx:log_state"}
-    | {"tx:progress", "tx:heartbeat", "tx:traffic", "sql:node_agent.journal.Journal.note"}
+    | {"tx:progress", "tx:heartbeat", "tx:traffic", "tx:close_rounds"}
+    | {"sql:node_agent.journal.Journal.note", "sql:node_agent.log_store.LogStore.accept"}
 )
+_LOG_FILES: Final = "file:coordinator.log_files."  # the head is signed again after a start
 Kill = Callable[[dict[str, Any]], None]
 
 
@@ -62,7 +64,7 @@ class Armed:
 
 
 def _lasting(point: str) -> bool:
-    return not point.endswith("#write_status")
+    return not point.endswith("#write_status") and not point.startswith(_LOG_FILES)
 
 
 def write_mark(marks: Path, mark: dict[str, Any]) -> None:

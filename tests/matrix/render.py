@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,22 @@ COLUMNS: Final = ("fault", "victim", "phase", "mode", "database", "outcome", "we
 _DEBT: Final = "**not visited yet**: the last run of `make faults` was cut short before it"
 
 
+_NOTES: Final = """\
+What the words mean:
+
+- *Network.* The kernel that ran this has no `netem`: delay, loss, rate, half-open connections and
+  partitions come from a relay in user space between the nodes and the coordinator
+  (`tests/matrix/relay.py`), not from an interface.
+- *Half-open.* Nothing says that such a connection is dead. A node dials again when a call has had
+  no answer for 30 s, or a poll of 25 s is 15 s overdue; its streams begin anew with that.
+- *Clock off by.* Of one party alone, and then right again. Cosignatures from more than five minutes
+  ahead are not taken, so rounds wait as long as a witness is ahead of the coordinator, whoever of
+  them is wrong, and go on when the clock is right. *Clock jumps by* stays, and adds up.
+- *The two databases.* What a full disk, the network, one node's clock and a process that stands
+  still do was tried on SQLite only: none of it depends on the database.
+"""
+
+
 def merge() -> None:
     """Gather the cases that have run; a case that has not run this time stays as it was."""
     facts: dict[str, Any] = read_facts() if FACTS.exists() else {"cases": {}}
@@ -33,6 +50,7 @@ def merge() -> None:
         facts["cases"][said["case"]] = {
             "at": said["at"],
             "seconds": said["seconds"],
+            "load": said["load"],
             "missed": said["missed"],
             "rows": [[row[name] for name in COLUMNS] for row in said["rows"]],
         }
@@ -51,7 +69,8 @@ def to_text(facts: dict[str, Any]) -> str:
         lines += [
             (
                 f'  {json.dumps(name)}: {{"at": {json.dumps(case["at"])}, '
-                f'"seconds": {case["seconds"]}, "missed": {json.dumps(case["missed"])}, "rows": ['
+                f'"seconds": {case["seconds"]}, "load": {json.dumps(case.get("load"))}, '
+                f'"missed": {json.dumps(case["missed"])}, "rows": ['
             ),
             f"{rows}]}}{',' if place < len(cases) else ''}",
         ]
@@ -110,7 +129,7 @@ def _head(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
             " needed, and open sums). After each, the run had to end with the very digests of the"
             " undisturbed run, every survivor counted once, every node confirming the same model:"
             f" **{same} of {len(rows)}** did. Last run {newest}, {total // 60} minutes on"
-            f" {facts['cores']} cores that had other work as well."
+            f" {facts['cores']} cores{_beside(facts)}."
         ),
         "",
         (
@@ -122,6 +141,18 @@ def _head(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
         ),
         "",
     ]
+
+
+def _beside(facts: dict[str, Any]) -> str:
+    """What else the machine did: the load average before and at the end of the cases."""
+    loads = [load for case in facts["cases"].values() for load in case.get("load") or ()]
+    if not loads:
+        return ""
+    return (
+        f" that did other work as well: the load average was {min(loads):.1f} to {max(loads):.1f}"
+        f" (the median {statistics.median(loads):.1f}), where {facts['cores']} would fill them and"
+        " the faults alone make about 2. On a machine of its own the times are shorter"
+    )
 
 
 def _by_phase(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -143,7 +174,7 @@ def _by_phase(rows: Iterable[dict[str, Any]]) -> list[str]:
             ]
             kind = "open" if mode == "open" else "masked"
             lines.append(f"| {victim} | {fault} | {kind} | {phase} | {cells[0]} | {cells[1]} |")
-    return [*lines, ""]
+    return [*lines, "", *_NOTES.splitlines(), ""]
 
 
 def _phase_order(phase: str) -> int:

@@ -20,6 +20,7 @@ from tests.matrix.cases import Bench, Database, Mode, Row, bench
 from tests.matrix.errands import run_errands
 from tests.matrix.kills import Storm
 from tests.matrix.points import Part, commit_points, reason_elsewhere
+from tests.matrix.relay import Weather
 from tests.matrix.render import OUT
 from tests.support import postgres
 from tests.support.postgres import PostgresServer
@@ -52,13 +53,15 @@ def trouble(make: Callable[[Bench], troubles.Trouble]) -> Play:
     return lambda made: (troubles.suffer(made, make(made)), frozenset())
 
 
-def network(made: Bench) -> tuple[list[Row], frozenset[str]]:
-    """All weathers."""
-    rows = []
-    with troubles.behind_relay(made) as relay:
-        for kind in ("slow", "lossy", "deaf", "away"):
-            rows += troubles.suffer(made, troubles.weather(relay, kind))
-    return rows, frozenset()
+def network(kind: Weather) -> Play:
+    """One kind of weather between all nodes and the coordinator."""
+
+    def play(made: Bench) -> tuple[list[Row], frozenset[str]]:
+        with troubles.behind_relay(made) as relay:
+            made.settle()
+            return troubles.suffer(made, troubles.weather(relay, kind)), frozenset()
+
+    return play
 
 
 def node_clock(made: Bench) -> tuple[list[Row], frozenset[str]]:
@@ -103,7 +106,12 @@ DATABASE: Final[dict[str, Play]] = {
     "backend-killed": trouble(troubles.backend_killed),
 }
 UPGRADE: Final[dict[str, Play]] = {"upgrade": trouble(troubles.upgrade)}  # for good
-NETWORK: Final[dict[str, Play]] = {"network": network}  # the last: nodes change their address
+NETWORK: Final[dict[str, Play]] = {
+    "network-slow": network("slow"),
+    "network-lossy": network("lossy"),
+    "network-half-open": network("deaf"),
+    "network-partition": network("away"),
+}
 GROUPS: Final[dict[tuple[Database, Mode, str], dict[str, Play]]] = {
     ("sqlite", "aggregate-only", "main"): KILLS
     | CLOCK

@@ -377,16 +377,21 @@ def behind_relay(bench: Bench) -> Iterator[Relay]:
     relay = Relay(target=int(config.address.rpartition(":")[2]))
     relay.start()
     try:
-        for site in running.sites:
-            path = running.federation.node_folder(site) / "config.toml"
-            text = path.read_text("utf-8")
-            path.write_text(text.replace(config.public_address, f"127.0.0.1:{relay.port}"), "utf-8")
-            if site in running.household:
-                running.household.stop(site)
-            running.start_node(site)
+        _dial(running, config.public_address, f"127.0.0.1:{relay.port}")
         yield relay
     finally:
+        _dial(running, f"127.0.0.1:{relay.port}", config.public_address)
         relay.stop()
+
+
+def _dial(running: Running, before: str, after: str) -> None:
+    """Give every node another address, and start it again with that."""
+    for site in running.sites:
+        path = running.federation.node_folder(site) / "config.toml"
+        path.write_text(path.read_text("utf-8").replace(before, after), "utf-8")
+        if site in running.household:
+            running.household.stop(site)
+        running.start_node(site)
 
 
 _WORDS: Final[dict[Weather, str]] = {
