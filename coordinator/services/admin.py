@@ -51,6 +51,7 @@ from protocols.plan import Plan
 from protocols.rounds import StopRequested, waiting_for
 from protocols.rounds_codec import to_ms
 from protocols.tensors.snapshot import Snapshot
+from protocols.tlog.fields import MAX_INT
 from protocols.wire import phase_to_view, read_round, read_text
 
 MAX_INVITATION_HOURS: Final = 72
@@ -194,6 +195,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     ) -> AsyncIterator[admin_pb2.HistoryEntry]:
         """The run's history after an entry, then what happens, until the run ends."""
         run_id, after = parse_run_id(request.run), request.after
+        if after > MAX_INT:
+            raise MalformedMessageError(f"there is no entry {after} of a history")
         while True:
             await self._callers.watcher(context)  # a stream may outlive the right to it
             rows, version, ended = await self._ledger.read(

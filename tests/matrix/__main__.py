@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from tests.matrix.render import OUT, merge, write_page
-from tests.matrix.suite import groups
+from tests.matrix.suite import groups, names
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ def main() -> None:
         shutil.rmtree(OUT, ignore_errors=True)
     failed = [] if options.render else groups(only=options.only)
     if not options.render:
-        merge()
+        merge(names())
     write_page()
     for name in failed:
         print(f"FAILED {name}", file=sys.stderr)

@@ -14,6 +14,7 @@ here, per direction and connection. What the coordinator and the nodes see is a 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from dataclasses import dataclass, field
 from random import Random
@@ -28,10 +29,12 @@ PIECE: Final = 64 * 1024
 
 @dataclass(slots=True)
 class Relay:
-    """Listens on loopback and passes on to a port; runs in a thread of its own."""
+    """Listens on loopback and passes on to a port there; runs in a thread of its own."""
 
     target: int  # port
     port: int = 0
+    host: str = "127.0.0.1"  # where it listens
+    target_host: str = "127.0.0.1"
     weather: Weather = "clear"
     passed: int = 0  # bytes
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
@@ -61,7 +64,7 @@ class Relay:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         server = self._loop.run_until_complete(
-            asyncio.start_server(self._accept, "127.0.0.1", self.port)
+            asyncio.start_server(self._accept, self.host, self.port)
         )
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
@@ -76,7 +79,7 @@ class Relay:
             writer.transport.abort()
             return
         try:
-            onward = await asyncio.open_connection("127.0.0.1", self.target)
+            onward = await asyncio.open_connection(self.target_host, self.target)
         except OSError:
             writer.transport.abort()
             return
@@ -127,3 +130,15 @@ class Relay:
                 await writer.drain()
             except OSError:
                 return
+
+
+def main() -> None:
+    """Pass on between two addresses until killed: LISTEN_HOST:PORT TARGET_HOST:PORT."""
+    (host, port), (target_host, target) = (each.rsplit(":", 1) for each in sys.argv[1:3])
+    relay = Relay(target=int(target), port=int(port), host=host, target_host=target_host)
+    relay.start()
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -42,8 +42,12 @@ What the words mean:
 """
 
 
-def merge() -> None:
-    """Gather the cases that have run; a case that has not run this time stays as it was."""
+def merge(known: frozenset[str]) -> None:
+    """Gather the cases that have run; a case that has not run this time stays as it was.
+
+    Args:
+        known: names of all cases; what is no case any more is dropped.
+    """
     facts: dict[str, Any] = read_facts() if FACTS.exists() else {"cases": {}}
     for path in sorted(OUT.glob("*.json")):
         said = json.loads(path.read_text())
@@ -54,6 +58,7 @@ def merge() -> None:
             "missed": said["missed"],
             "rows": [[row[name] for name in COLUMNS] for row in said["rows"]],
         }
+    facts["cases"] = {name: case for name, case in facts["cases"].items() if name in known}
     facts["columns"] = COLUMNS
     facts["cores"] = os.cpu_count()
     FACTS.write_text(to_text(facts), "utf-8")

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from tests.matrix import troubles
+from tests.matrix import interfaces, troubles
 from tests.matrix.cases import Bench, Database, Mode, Row, bench
 from tests.matrix.errands import run_errands
 from tests.matrix.kills import Storm
@@ -106,11 +106,24 @@ DATABASE: Final[dict[str, Play]] = {
     "backend-killed": trouble(troubles.backend_killed),
 }
 UPGRADE: Final[dict[str, Play]] = {"upgrade": trouble(troubles.upgrade)}  # for good
+
+
+def interface(made: Bench) -> tuple[list[Row], frozenset[str]]:
+    """The nodes' interface goes down."""
+    why = interfaces.why_not()
+    if why is not None:
+        print(f"left out, the interface: {why}")
+        return [], frozenset()
+    with interfaces.behind_an_interface(made) as down:
+        return troubles.suffer(made, down), frozenset()
+
+
 NETWORK: Final[dict[str, Play]] = {
     "network-slow": network("slow"),
     "network-lossy": network("lossy"),
     "network-half-open": network("deaf"),
     "network-partition": network("away"),
+    "network-interface": interface,
 }
 GROUPS: Final[dict[tuple[Database, Mode, str], dict[str, Play]]] = {
     ("sqlite", "aggregate-only", "main"): KILLS
@@ -128,6 +141,15 @@ GROUPS: Final[dict[tuple[Database, Mode, str], dict[str, Play]]] = {
 }
 
 
+def names() -> frozenset[str]:
+    """Of all cases."""
+    return frozenset(
+        f"{database}.{mode}.{name}"
+        for (database, mode, _), cases in GROUPS.items()
+        for name in cases
+    )
+
+
 def groups(*, only: str) -> list[str]:
     """Run what is left; the names of what failed."""
     OUT.mkdir(parents=True, exist_ok=True)
@@ -135,10 +157,10 @@ def groups(*, only: str) -> list[str]:
     with ExitStack() as stack:
         server = _server(stack)
         for (database, mode, place), cases in GROUPS.items():
-            names = {f"{database}.{mode}.{name}": play for name, play in cases.items()}
+            named = {f"{database}.{mode}.{name}": play for name, play in cases.items()}
             left = {
                 name: play
-                for name, play in names.items()
+                for name, play in named.items()
                 if re.search(only, name) and not (OUT / f"{name}.json").exists()
             }
             if not left:

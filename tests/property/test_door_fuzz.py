@@ -372,6 +372,9 @@ def test_a_method_that_is_none_is_not_implemented(plain, method):
          "FAILED_PRECONDITION"),
         # a stream that ends before its first message: StopAsyncIteration
         ("a", "Witness/NextCheckpoint", [], "INVALID_ARGUMENT"),
+        # a number that no database has: OverflowError in SQLite
+        ("operator", "Admin/WatchRun", [admin_pb2.WatchRunRequest(run="r1", after=2**63)],
+         "INVALID_ARGUMENT"),
         # bytes that are no message: gRPC itself says UNKNOWN
         ("a", "Rounds/Join", [b"\xff\xff"], "INVALID_ARGUMENT"),
         ("a", "Rounds/Sync", [], "INVALID_ARGUMENT"),
