@@ -39,6 +39,7 @@ from node_agent.decide import (
     decide,
     forgotten,
 )
+from node_agent.endings import LOOK_S, Endings
 from node_agent.enrol import renew, renewal_due
 from node_agent.governance import Governance
 from node_agent.housekeeping import tidy
@@ -166,6 +167,7 @@ class Agent:
             asyncio.create_task(self._sync_loop(), name="sync"),
             asyncio.create_task(self._reconcile_loop(), name="reconcile"),
             asyncio.create_task(self._renew_loop(), name="renew"),
+            asyncio.create_task(self._endings_loop(), name="endings"),
         }
         if self.site.log is not None:
             self.site.log.wake = self._wake.set
@@ -625,6 +627,24 @@ class Agent:
 
     def _paused(self) -> bool:
         return self.site.folder.paused.exists()
+
+    async def _endings_loop(self) -> None:
+        endings, site = Endings(), self.site
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._view is None or self._trouble:
+                continue  # nothing is known of what is shown now
+            try:
+                await asyncio.to_thread(
+                    endings.look,
+                    site.launchers.values(),
+                    self._view.runs,
+                    site.journal,
+                    now=site.now(),
+                    monotonic=site.monotonic(),
+                )
+            except (FederationError, OSError) as error:
+                logger.warning("what is left of earlier runs cannot be removed: %s", error)
 
     # -- certificate -----------------------------------------------------------------------------
 

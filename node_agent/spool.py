@@ -570,9 +570,21 @@ def forget_run(spool: Spool, run: str) -> None:
     """
     parse_run_id(run)
     for path in [*spool.jobs.glob(f"{run}.*"), *(spool.root / "out").glob(f"{run}.*")]:
-        forget_job(spool, path.name.removesuffix(".json").removesuffix(".cancel"))
+        name, _, number = path.name.partition(".")
+        forget_job(spool, f"{name}.{number.partition('.')[0]}")
     shutil.rmtree(spool.state(run), ignore_errors=True)
     shutil.rmtree(spool.root / "carry" / run, ignore_errors=True)
+
+
+def runs_in(spool: Spool) -> frozenset[RunId]:
+    """The runs of which anything is in a spool."""
+    found = set()
+    for folder in (spool.jobs, spool.root / "out", spool.root / "state", spool.root / "carry"):
+        with suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                with suppress(MalformedMessageError):  # a file on its way to its name
+                    found.add(parse_run_id(entry.name.partition(".")[0]))
+    return frozenset(found)
 
 
 def read_worker(spool: Spool) -> WorkerInfo | None:

@@ -22,6 +22,7 @@ from node_agent.spool import (
     Result,
     Spool,
     forget_job,
+    forget_run,
     last_status,
     parse_job_id,
     read_job,
@@ -106,6 +107,13 @@ class Launcher:
         self._to_finish.pop(name, None)
         self._lost_under.pop(name, None)
         forget_job(self.spool, name)
+
+    def forget_run(self, run: RunId) -> None:
+        """Remove all that the worker keeps of a run. Blocking."""
+        for name, job in list(self._wanted.items()):
+            if job.run == run:
+                self.forget(name)
+        forget_run(self.spool, run)
 
     def work(self, name: str) -> Work:
         """How far a job is. Whatever the worker wrote, the answer is one clear state."""
