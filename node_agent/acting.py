@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn, assert_never
 from node_agent import consent
 from node_agent.bulk import Announcement, fetch, upload
 from node_agent.capability import base_size, check_memory
-from node_agent.carry import carries, claimed, note_mean, take
+from node_agent.carry import carries, claimed, left_out, note_mean, note_unsent, take
 from node_agent.contribution import (
     LocalWork,
     Terms,
@@ -705,6 +705,7 @@ class Actor:
             stops = await site.log.passes(round_, shown)
             if stops is not None:
                 stop, code, detail = stops.rule, stops.rule, stops.why
+        await asyncio.to_thread(self._note_left_out, plan, round_, phase, code)
         record = ConfirmRecord(
             round=round_,
             sum=opened.sum,
@@ -734,6 +735,16 @@ class Actor:
         if record is None and listed:
             return "unknown_upload", "this node made no vector for that attempt"
         return "", ""
+
+    def _note_left_out(self, plan: Plan, round_: RoundId, phase: Released, objection: str) -> None:
+        """Keep that this node's vector is not in a sum that it has found right, if so."""
+        launcher, journal = self._launcher(plan), self.site.journal
+        if launcher is None or not carries(plan):
+            return
+        made = [journal.upload(round_, attempt) for attempt in range(1, phase.attempt + 1)]
+        receipts = [record.receipt for record in made if record is not None]
+        if left_out(receipts, listed=self.site.node in phase.survivors, objection=objection):
+            note_unsent(launcher.spool, round_.run, round_.number)
 
     async def _confirm(self, action: SayConfirm) -> None:
         site = self.site

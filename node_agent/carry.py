@@ -3,6 +3,7 @@
     spool/carry/<run>/
       late-<n>.f32, late-<n>.json    the update of round n, which never left this site
       take-<n>.json                  which of them round n's job adds to its own update
+      unsent-<n>.json                round n's sum is public, and its vector is not in it
       mean.json                      steps of a site in the last round whose sum was opened
 
 Each stretch of work is sent at most once, and once if any later round of the same tensors is:
@@ -12,10 +13,15 @@ Each stretch of work is sent at most once, and once if any later round of the sa
                       not sent:     its own update, which holds what it took, becomes late-<n>
                       no update:    what it took waits for the next round
 
-"Sent" is what this node knows of itself: a vector was made from it. Whether the coordinator says
-that a vector was in a sum does not matter, or it could ask for the same work in two sums. Every
-file appears by one rename, every step may be repeated after a crash: late-<n>.json names what it
-holds, so nothing counts twice while the older files still lie there.
+"Sent" is what this node knows of itself: a vector was made from it. That a round failed, or a word
+of the coordinator's, does not unsay it, or the same work could be asked for in two sums. One thing
+does: this node has no receipt for any vector of the round, and has checked the round's public sum
+(``Actor._compute``) and how it was opened, and is not among those whose vectors are in it. No
+second sum of a round is ever opened. In mode open, where nothing shows whose vectors are in a sum,
+the coordinator is trusted to count every survivor once, here as elsewhere.
+
+Every file appears by one rename, every step may be repeated after a crash: late-<n>.json names what
+it holds, so nothing counts twice while the older files still lie there.
 
 The same note of a job caps its steps at ``FASTEST`` times that mean: a site whose machine is ten
 times faster would otherwise drift ten times as far in its time box. The mean is of public sums; a
@@ -44,7 +50,7 @@ from protocols.plan import Plan
 
 FASTEST: Final = 4  # times the mean steps of the last round
 STALE: Final = 4  # rounds: older work was done on a model that is no more
-_NAME: Final = re.compile(r"(late|take)-(0|[1-9][0-9]{0,5})\.json", re.ASCII)
+_NAME: Final = re.compile(r"(late|take|unsent)-(0|[1-9][0-9]{0,5})\.json", re.ASCII)
 
 Selection = Literal["all", "none"] | tuple[str, ...]
 
@@ -136,6 +142,38 @@ def most_steps(mean: dict[str, Any] | None) -> int | None:
     return int(-(-FASTEST * mean["steps"] // mean["nodes"]))
 
 
+def left_out(receipts: Sequence[bytes | None], *, listed: bool, objection: str) -> bool:
+    """Whether a round's public sum shows that what this node made for it is not in it. Pure.
+
+    Args:
+        receipts: for each vector that this node made in the round; None: it has none.
+        listed: whether this node is among those whose vectors were added.
+        objection: what this node found wrong with the sum; empty: nothing.
+    """
+    return bool(receipts) and not any(receipts) and not listed and not objection
+
+
+def _unsent(folder: Path, number: int) -> Path:
+    return folder / f"unsent-{number}.json"
+
+
+def note_unsent(spool: Spool, run: str, number: int) -> None:
+    """Keep that a round's sum is public and has no vector of this node. Blocking."""
+    folder = folder_of(spool, run)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    atomic_write(_unsent(folder, number), b"{}")
+
+
+def was_sent(spool: Spool, run: str, number: int, *, made: bool) -> bool:
+    """Whether a round's work counts as sent: see above. Blocking, short.
+
+    Args:
+        spool, run, number: of the round.
+        made: whether a vector was made from its update.
+    """
+    return made and not _unsent(folder_of(spool, run), number).exists()
+
+
 def choose(late: Sequence[Late], *, number: int, selection: str) -> list[int]:
     """Which late updates a round takes: of the very same tensors and not stale. Pure."""
     return [
@@ -181,7 +219,7 @@ def close(
 
     Args:
         spool, run, number: of the round.
-        sent: whether a vector was made from its update.
+        sent: what ``was_sent`` said.
         result: what the worker left, if it finished.
         delta: the update's file, which may be removed after this.
         selection: the tensors of the round.
@@ -202,6 +240,9 @@ def close(
     for late in waiting(folder):
         if late.round + STALE < number:
             _drop(folder, late.round)
+    for old in _found(folder, "unsent"):
+        if old + STALE < number:
+            _unsent(folder, old).unlink(missing_ok=True)
     with suppress(FileNotFoundError):
         (folder / f"take-{number}.json").unlink()
     return kept

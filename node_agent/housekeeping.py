@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from node_agent.carry import carries, close
+from node_agent.carry import carries, close, was_sent
 from node_agent.launchers.jobs import Launcher
 from node_agent.site import Site
 from node_agent.spool import Result, Spool, job_id, read_job, read_result
@@ -23,7 +23,8 @@ def _carry(site: Site, launcher: Launcher, plan: Plan, over: RoundId) -> None:
     if found is None:
         return
     name, spool = job_id(over), launcher.spool
-    sent = over in site.journal.upload_files(over.run).values()
+    made = over in site.journal.upload_files(over.run).values()
+    sent = was_sent(spool, over.run, over.number, made=made)
     result = None if sent else _sound(site, spool, over)
     kept = close(
         spool,
