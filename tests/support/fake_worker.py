@@ -6,8 +6,10 @@
 
     well      answers every job with a delta of ones, after ``DIR/steps`` steps of 0.05 s
     slow      never finishes a job by itself, but lives
-    counts    goes on until it has done ``DIR/steps.<round>`` steps (a file that may appear later);
-              the delta has one step of the grid for each, and what the job says to add
+    counts    goes on until it has done ``DIR/steps.<round>`` steps (a file that may appear later:
+              those past it do not count); the delta has one step of the grid for each, and what
+              the job says to add; ``DIR/scores.json`` has what held-out texts score, as rows of
+              ``spool.Evaluation``
     deaf      likewise, but does not hear that a job is to finish
     die       ends with status 7 as soon as it takes a job
     stillborn ends with status 9 before it is ready
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +39,7 @@ import numpy as np
 
 from node_agent.resident import Process
 from node_agent.spool import (
+    Evaluation,
     Job,
     Result,
     Spent,
@@ -95,6 +99,7 @@ def work(spool: Spool, job: Job, how: str, parent: Process | None) -> None:
     while True:
         steps = int(steps_file.read_text()) if steps_file.exists() else (10**6 if counting else 2)
         if done >= steps and how != "slow":
+            done = steps
             break
         spool.alive.touch()
         if parent is not None and not parent.lives():
@@ -141,9 +146,18 @@ def answer(spool: Spool, job: Job, how: str, done: int) -> None:
         delta_coordinates=count,
         delta_norm=1.0,
         device="none",
+        evaluation=scores_of(spool) if counting else (),
         spent=Spent(gpu_seconds=3.0, cpu_seconds=2.0),
     )
     atomic_write(spool.result(job.id), result.to_bytes())
+
+
+def scores_of(spool: Spool) -> tuple[Evaluation, ...]:
+    """What the site's held-out texts score, by language."""
+    with contextlib.suppress(FileNotFoundError):
+        rows = json.loads((spool.root / "scores.json").read_text())
+        return tuple(Evaluation(**row) for row in rows)
+    return ()
 
 
 def main() -> None:
