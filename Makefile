@@ -2,7 +2,7 @@
 #
 #   make demo                 a federation of four sites on this machine
 #   make test ARGS="-k merkle"  arguments for pytest; every target passes ARGS on
-#   make faults               every fault in every phase, and docs/faults.md of it; half an hour, resumable
+#   make faults               every fault in every phase, and docs/faults.md of it; an hour, resumable
 #   make test JOBS=1          one test at a time; two by default, whole files to each
 
 .PHONY: help venv demo test faults slurm-test bench bench-learning bench-peers bench-page load fuzz docs lint fmt proto clean

@@ -3,7 +3,7 @@
     python -m tests.matrix [--only PATTERN] [--again]     run what is left, then render
     python -m tests.matrix --render                    docs/faults.json -> docs/faults.md
 
-A case that has run is kept in build/faults and not run again: the whole takes about half an hour
+A case that has run is kept in build/faults and not run again: the whole takes about an hour
 on two cores and may be interrupted. ``--again`` forgets them. Cases that need root or PostgreSQL
 are left out, and named, where there is none.
 """
