@@ -55,16 +55,16 @@ from protocols.gen import (
     secure_sum_pb2_grpc,
     trust_pb2_grpc,
 )
+from protocols.tensors.sizes import STREAM_WINDOW
 
 logger = logging.getLogger(__name__)
 
 MAX_CONTROL_MESSAGE = 6 * 2**20  # bytes: a plan, a manifest's hashes; payload messages are 1 MiB
 MAX_ENROLMENT_MESSAGE = 65_536  # bytes
 _GRACE_S = 3.0
-# Receive window of one stream, bytes. gRPC's own probe lets the windows of 33 senders grow to
-# gigabytes when the disk is slower than the senders; a fixed window bounds memory by the number of
-# streams, and one stream's speed by window / round trip.
-STREAM_WINDOW = 2 * 2**20
+# gRPC's own probe lets the windows of 33 senders grow to gigabytes when the disk is slower than the
+# senders; a fixed receive window bounds memory by the number of streams, and one stream's speed by
+# window / round trip: over a long link an upload has several streams.
 _FILES_KEPT = 512  # file descriptors that connections leave to the ledger, blobs and logs
 _CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_send_message_length", MAX_CONTROL_MESSAGE),

@@ -3,9 +3,9 @@
 One file per upload. A resume unit is 4 MiB; the durable offset is a whole number of units (or the
 end), each checked against its announced hash and synced before it is acknowledged. Nothing about
 progress is kept in the ledger: after a crash the file itself is read back, and what does not have
-its hash does not count. One stream writes to a file at a time: a newer stream of this process takes
-over from an older one (its connection may be half-open), another process is held off by a file
-lock.
+its hash does not count. One stream writes to a place at a time: a newer stream of this process
+takes over from an older one (its connection may be half-open); another process is held off by a
+file lock. Over a long link several streams bring several parts at once (``streams_allowed``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,10 @@ from protocols.tensors.sizes import UNIT
 from protocols.tlog.merkle import leaf_hash
 
 MAX_MESSAGE = 2**20  # bytes of payload in one raw message
-MAX_KNOWN = 4096  # files whose durable offset is remembered; of others it is read back
+MAX_STREAMS = 8  # that bring one upload
+ALL_STREAMS = 32  # that bring uploads, as long as there is one for each
+_TAKE_OVERS = 3  # newer streams may come while an older one ends
+MAX_KNOWN = 4096  # files whose units are remembered; of others it is read back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +59,8 @@ class Spool:
     def __init__(self, root: Path, *, min_free_bytes: int) -> None:
         self.root = root
         self._min_free = min_free_bytes
-        self._durable: dict[Path, int] = {}
-        self._streams: dict[Path, asyncio.Task[object]] = {}
+        self._verified: dict[Path, _Verified] = {}
+        self._open: dict[Path, _Open] = {}
 
     def prepare(self) -> None:
         """Make the folder."""
@@ -76,99 +80,227 @@ class Spool:
             )
 
     async def durable(self, arriving: Arriving) -> int:
-        """Bytes that are checked and synced; after a restart the file is read back."""
-        known = self._durable.get(arriving.path)
+        """Bytes from the beginning that are checked and synced; after a restart the file is read
+        back."""
+        return (await self._known(arriving)).durable
+
+    async def _known(self, arriving: Arriving) -> _Verified:
+        known = self._verified.get(arriving.path)
         if known is None:
-            known = await asyncio.to_thread(_verified_prefix, arriving)
-            self._durable[arriving.path] = known
-            if len(self._durable) > MAX_KNOWN:
-                idle = (path for path in self._durable if path not in self._streams)
-                self._durable.pop(next(idle, arriving.path))
+            units = await asyncio.to_thread(_verified_units, arriving)
+            # Another task may have read it back meanwhile, and a stream gone on from there.
+            known = self._verified.setdefault(arriving.path, _Verified(arriving.total, units))
+            if len(self._verified) > MAX_KNOWN:
+                idle = (path for path in self._verified if path not in self._open)
+                self._verified.pop(next(idle, arriving.path))
         return known
 
     def forget(self, arriving: Arriving) -> None:
         """The file was taken away or is complete."""
-        self._durable.pop(arriving.path, None)
+        self._verified.pop(arriving.path, None)
 
-    async def receive(self, arriving: Arriving, offset: int, messages: AsyncIterator[bytes]) -> int:
+    def streams(self, arriving: Arriving) -> int:
+        """How many streams may bring this file at once, so that all together stay bounded."""
+        return streams_allowed(len(self._open.keys() - {arriving.path}))
+
+    async def receive(
+        self,
+        arriving: Arriving,
+        offset: int,
+        messages: AsyncIterator[bytes],
+        *,
+        end: int | None = None,
+    ) -> int:
         """Write a stream of messages from ``offset`` on; return the durable offset.
 
+        Args:
+            arriving: what the file must become.
+            offset: where the stream begins.
+            messages: at most ``MAX_MESSAGE`` bytes each.
+            end: where it ends, if other streams may bring other parts at the same time; None: it
+                goes to the end of the file and is alone.
+
         Raises:
-            OffsetError: the stream does not begin at the durable offset; it says which that is.
+            OffsetError: a stream that is alone does not begin at the durable offset, another one
+                begins before it; it says which that is.
             DigestMismatchError: a unit does not have its hash; what came before it stays.
-            MalformedMessageError: a message too large, or more bytes than announced.
+            MalformedMessageError: a message too large, more bytes than announced, or a part that
+                is not of whole units.
             StorageFullError: the disk is full; what was acknowledged stays.
             NotReadyError: another process is receiving this very file.
         """
-        await self._take_over(arriving.path)
+        part = _part(arriving, offset, end)
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("receive needs a task")
-        self._streams[arriving.path] = task
+        await self._take_over(arriving.path, part, alone=end is None)
+        opened = self._open.setdefault(arriving.path, _Open())
+        opened.streams[task] = part
         try:
-            durable = await self.durable(arriving)
-            if offset != durable:
+            known = await self._known(arriving)
+            if offset < known.durable or (end is None and offset != known.durable):
                 raise OffsetError(
-                    f"the upload goes on at byte {durable}, not at {offset}", expected=durable
+                    f"the upload goes on at byte {known.durable}, not at {offset}",
+                    expected=known.durable,
                 )
+            known.withdraw(part)
             arriving.path.parent.mkdir(parents=True, exist_ok=True)
-            with _Writer(arriving, durable) as writer:
-                async for message in messages:
-                    if len(message) > MAX_MESSAGE:
-                        raise MalformedMessageError(
-                            f"a raw message has at most {MAX_MESSAGE} bytes, got {len(message)}"
-                        )
-                    if message:
-                        self._durable[arriving.path] = await asyncio.to_thread(
-                            writer.write, message
-                        )
-                return self._durable.get(arriving.path, durable)
+            opened.open(arriving.path)
+            writer = _Writer(arriving, opened.fd, offset, min(part.stop * UNIT, arriving.total))
+            async for message in messages:
+                if len(message) > MAX_MESSAGE:
+                    raise MalformedMessageError(
+                        f"a raw message has at most {MAX_MESSAGE} bytes, got {len(message)}"
+                    )
+                if message:
+                    try:
+                        await _to_the_end(writer.write, message)
+                    finally:
+                        known.add(writer.take_closed())
+            return known.durable
         finally:
-            if self._streams.get(arriving.path) is task:
-                del self._streams[arriving.path]
+            del opened.streams[task]
+            if not opened.streams:
+                opened.close()
+                if self._open.get(arriving.path) is opened:
+                    del self._open[arriving.path]
 
-    async def _take_over(self, path: Path) -> None:
-        older = self._streams.get(path)
-        if older is not None and older is not asyncio.current_task():
-            older.cancel()
-            await asyncio.wait([older], timeout=5.0)
-            if self._streams.get(path) is older:
-                raise NotReadyError("an older stream of this upload is still ending")
+    async def _take_over(self, path: Path, part: range, *, alone: bool) -> None:
+        """End the older streams that write where this one will."""
+        for _ in range(_TAKE_OVERS):
+            opened = self._open.get(path)
+            older = {
+                task
+                for task, other in (opened.streams.items() if opened is not None else ())
+                if task is not asyncio.current_task() and (alone or _overlap(part, other))
+            }
+            if not older:
+                return
+            for task in older:
+                task.cancel()
+            await asyncio.wait(older, timeout=5.0)
+        raise NotReadyError("an older stream of this upload is still ending")
+
+
+def streams_allowed(others: int) -> int:
+    """How many streams one upload may use beside ``others`` that are arriving: each may have a
+    receive window of data under way, and all of them together should not have more than so much."""
+    return max(1, min(MAX_STREAMS, ALL_STREAMS // (others + 1)))
+
+
+def _part(arriving: Arriving, offset: int, end: int | None) -> range:
+    """The units that a stream brings.
+
+    Raises:
+        MalformedMessageError: it does not consist of whole units.
+    """
+    stop = arriving.total if end is None else end
+    if end is not None and not (
+        offset % UNIT == 0 and offset < end <= arriving.total
+        and (end % UNIT == 0 or end == arriving.total)
+    ):  # fmt: skip
+        raise MalformedMessageError(
+            f"a part from {offset} to {end} of {arriving.total} bytes is not of whole units"
+        )
+    return range(offset // UNIT, -(-stop // UNIT))
+
+
+def _overlap(one: range, other: range) -> bool:
+    return one.start < other.stop and other.start < one.stop
+
+
+async def _to_the_end(work: Callable[[bytes], None], message: bytes) -> None:
+    """Run blocking work on a file that others close: also when this task is cancelled meanwhile,
+    the thread has ended before it goes on."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, message))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        raise
+
+
+class _Verified:
+    """Which units of a file are right and durable."""
+
+    def __init__(self, total: int, units: set[int]) -> None:
+        self._total = total
+        self._beyond = units  # not joined to the beginning
+        self._whole = 0  # units from the beginning
+        self.add(())
+
+    @property
+    def durable(self) -> int:
+        """Bytes from the beginning."""
+        return min(self._whole * UNIT, self._total)
+
+    def add(self, units: Iterable[int]) -> None:
+        """These were checked and synced."""
+        self._beyond.update(units)
+        while self._whole in self._beyond:
+            self._beyond.remove(self._whole)
+            self._whole += 1
+
+    def withdraw(self, units: range) -> None:
+        """These are about to be written again."""
+        self._beyond.difference_update(units)
+
+
+class _Open:
+    """A file that streams of this process are writing, under one lock."""
+
+    def __init__(self) -> None:
+        self.streams: dict[asyncio.Task[object], range] = {}  # units that each brings
+        self.fd = -1
+
+    def open(self, path: Path) -> None:
+        """Open and lock it, if no other stream did."""
+        if self.fd >= 0:
+            return
+        with storage_errors("an upload"):
+            fresh = not path.exists()
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise NotReadyError("another process is receiving this upload") from None
+            self.fd = fd
+            if fresh:
+                sync_folder(path.parent)
+
+    def close(self) -> None:
+        """Nobody writes it any more."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class _Writer:
-    """Appends to one file under its lock; hashes as it goes."""
+    """Writes one stream's part of a file; hashes as it goes."""
 
-    def __init__(self, arriving: Arriving, durable: int) -> None:
+    def __init__(self, arriving: Arriving, fd: int, start: int, stop: int) -> None:
         self._arriving = arriving
-        self._at = durable
-        self._durable = durable
+        self._fd = fd
+        self._at, self._stop = start, stop
         self._unit = hashlib.sha256(b"\x00")
-        self._fd = -1
+        self._closed: list[int] = []
 
-    def __enter__(self) -> _Writer:
-        with storage_errors("an upload"):
-            fresh = not self._arriving.path.exists()
-            self._fd = os.open(self._arriving.path, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._fd)
-                raise NotReadyError("another process is receiving this upload") from None
-            os.ftruncate(self._fd, self._durable)
-            if fresh:
-                sync_folder(self._arriving.path.parent)
-        return self
+    def take_closed(self) -> list[int]:
+        """The units that became durable since the last call."""
+        closed, self._closed = self._closed, []
+        return closed
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-    def write(self, message: bytes) -> int:
-        """Append one message; returns the durable offset."""
+    def write(self, message: bytes) -> None:
+        """Append one message."""
         view = memoryview(message)
-        if self._at + len(view) > self._arriving.total:
+        if self._at + len(view) > self._stop:
             raise MalformedMessageError(
                 f"more than the announced {self._arriving.total} bytes were sent"
+                if self._stop == self._arriving.total
+                else f"more bytes were sent than the part up to {self._stop} has"
             )
         while view:
             number = self._at // UNIT
@@ -181,28 +313,29 @@ class _Writer:
             view = view[written:]
             if self._at == end:
                 self._close_unit(number)
-        return self._durable
 
     def _close_unit(self, number: int) -> None:
         if self._unit.digest() != self._arriving.unit_hashes[number]:
             raise DigestMismatchError(f"unit {number} of the upload does not have its hash")
         with storage_errors("an upload"):
             os.fdatasync(self._fd)
-        self._durable = self._at
+        self._closed.append(number)
         self._unit = hashlib.sha256(b"\x00")
 
 
-def _verified_prefix(arriving: Arriving) -> int:
-    """How much of the file on disk is whole units with their hashes."""
+def _verified_units(arriving: Arriving) -> set[int]:
+    """Which units of the file on disk have their hashes."""
     try:
         file = arriving.path.open("rb")
     except FileNotFoundError:
-        return 0
+        return set()
+    good = set()
     with file:
-        good = 0
-        for expected in arriving.unit_hashes:
-            unit = file.read(min(UNIT, arriving.total - good))
-            if len(unit) < min(UNIT, arriving.total - good) or leaf_hash(unit) != expected:
+        for number, expected in enumerate(arriving.unit_hashes):
+            wanted = min(UNIT, arriving.total - number * UNIT)
+            unit = file.read(wanted)
+            if len(unit) == wanted and leaf_hash(unit) == expected:
+                good.add(number)
+            if len(unit) < wanted:
                 break
-            good += len(unit)
-        return good
+    return good

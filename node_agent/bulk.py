@@ -1,7 +1,8 @@
 """Vectors up, blobs down: raw bytes, resumed where they stopped, checked unit by unit.
 
 Up: announce (BeginUpload) -> Append from the durable offset -> FinishUpload -> receipt. After any
-failure the coordinator is asked again how far it got; what is durable there is not sent twice.
+failure the coordinator is asked again how far it got; what is durable there is not sent twice. Over
+a long link several streams bring several parts at once (``node_agent.parts``).
 
 Down: DescribeBlob names the 4 MiB units; their tree root must be the blob's name. Fetch streams
 from an offset; a unit is compared with its hash before it is kept. A file grows under the name
@@ -14,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -23,6 +25,7 @@ import grpc
 import grpc.aio
 
 from node_agent.client import Backoff, Connection, rebuild_error
+from node_agent.parts import missing_parts, streams_for
 from node_agent.spool import sync_folder
 from protocols.errors import (
     CorruptStateError,
@@ -145,21 +148,17 @@ async def upload(
         unit_hashes=announcement.unit_hashes,
     )
     patience = _Patience(connection)
+    arrived: set[int] = set()  # units beyond the durable offset that were acknowledged
     while True:
         # After a restart the other side reads the whole file back before it answers.
         state = await connection.ask(lambda c: c.bulk.BeginUpload, request, timeout_s=_READ_BACK_S)
         if not state.complete and state.durable < state.total:
             if _size(path) != state.total:
                 raise CorruptStateError(f"{path} is not the vector that was announced")
+            place = Place(method=APPEND, name=("minga-upload-bin", bytes(state.upload_id)))
             try:
-                await _append(
-                    connection,
-                    path,
-                    bytes(state.upload_id),
-                    int(state.durable),
-                    int(state.total),
-                    progress=progress,
-                    stall_s=stall_s,
+                await send(
+                    connection, path, place, state, arrived, progress=progress, stall_s=stall_s
                 )
             except NotReadyError as error:
                 await patience.wait(error, int(state.durable))
@@ -170,6 +169,7 @@ async def upload(
                 connection.bulk.FinishUpload, finish, timeout_s=_READ_BACK_S
             )
         except NotReadyError as error:  # not answered, or it lost what it had not acknowledged
+            arrived.clear()
             await patience.wait(error, int(state.durable))
             continue
         progress(int(state.total), int(state.total))
@@ -183,17 +183,90 @@ def _size(path: Path) -> int | None:
         return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the bytes of a file go."""
+
+    method: str
+    name: tuple[str, bytes]  # metadata that says of what they are
+
+
+APPEND: Final = "/minga.v1.Bulk/Append"
+
+
+async def send(
+    connection: Connection,
+    path: Path,
+    place: Place,
+    state: bulk_pb2.UploadState,
+    arrived: set[int],
+    *,
+    progress: Progress = _silent,
+    stall_s: float = STALL_S,
+) -> None:
+    """Send what is missing, over a long link in several streams at once.
+
+    Args:
+        connection: to the coordinator.
+        path: the file.
+        place: where it goes.
+        state: as the other side answered when it was announced.
+        arrived: units beyond ``state.durable`` that it has; those that it gets are added.
+        progress: told of every message.
+        stall_s: without progress for so long, a stream is given up.
+
+    Raises:
+        NotReadyError: a stream broke; what arrived before stays.
+        CorruptStateError: the file is shorter than it was.
+    """
+    start, total = int(state.durable), int(state.total)
+    parts = list(missing_parts(start, total, arrived))
+    streams = streams_for(
+        round_trip_s=connection.round_trip_s, allowed=int(state.streams), parts=len(parts)
+    )
+    if streams == 1 and not arrived:
+        await _append(
+            connection, path, place, start, total, alone=True,
+            progress=lambda more: progress(start + more, total), stall_s=stall_s,
+        )  # fmt: skip
+        return
+    sent = dict.fromkeys(parts, 0)
+    before = total - sum(end - offset for offset, end in parts)
+
+    def count(part: tuple[int, int], more: int) -> None:
+        sent[part] = more
+        progress(before + sum(sent.values()), total)
+
+    async def work(waiting: Iterator[tuple[int, int]]) -> None:
+        for part in waiting:
+            await _append(
+                connection, path, place, *part, alone=False,
+                progress=partial(count, part), stall_s=stall_s,
+            )  # fmt: skip
+            arrived.update(range(part[0] // UNIT, -(-part[1] // UNIT)))
+
+    waiting = iter(parts)  # shared: whoever is free takes the next
+    tasks = [asyncio.ensure_future(work(waiting)) for _ in range(streams)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
 async def _append(
     connection: Connection,
     path: Path,
-    upload_id: bytes,
+    place: Place,
     offset: int,
-    total: int,
+    end: int,
     *,
-    progress: Progress,
+    alone: bool,
+    progress: Callable[[int], None],
     stall_s: float,
 ) -> int:
-    """Stream bytes [offset, total) of a file; return the offset that is durable there.
+    """Stream bytes [offset, end) of a file; return the offset that is durable there.
 
     When the other side ends the call while we write, grpc.aio reports that the write failed and
     loses the reason. An append of nothing, which writes nothing, brings the reason out.
@@ -204,21 +277,25 @@ async def _append(
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             at = offset
-            while at < total:
-                data = os.pread(descriptor, min(MESSAGE, total - at), at)
+            while at < end:
+                data = os.pread(descriptor, min(MESSAGE, end - at), at)
                 if not data:
                     raise CorruptStateError(f"{path} became shorter while it was sent")
                 yield data
                 at += len(data)
                 watch.moved = at
-                progress(at, total)
+                progress(at - offset)
         finally:
             os.close(descriptor)
 
+    metadata: list[tuple[str, str | bytes]] = [place.name, ("minga-offset", str(offset))]
+    if not alone:
+        metadata.append(("minga-end", str(end)))
+    call = partial(_append_call, connection, place.method, metadata, watch, stall_s)
     try:
-        return await _append_call(connection, messages(), upload_id, offset, watch, stall_s=stall_s)
+        return await call(messages())
     except _CutOffError:
-        await _append_call(connection, _nothing(), upload_id, offset, watch, stall_s=stall_s)
+        await call(_nothing())
         raise UnreachableError("the upload was cut off", retry_after_s=0.0) from None
 
 
@@ -234,16 +311,13 @@ async def _nothing() -> AsyncIterator[bytes]:
 
 async def _append_call(
     connection: Connection,
-    messages: AsyncIterator[bytes],
-    upload_id: bytes,
-    offset: int,
+    method: str,
+    metadata: Sequence[tuple[str, str | bytes]],
     watch: _Watch,
-    *,
     stall_s: float,
+    messages: AsyncIterator[bytes],
 ) -> int:
-    method = connection.channel.stream_unary("/minga.v1.Bulk/Append", None, None)
-    metadata = (("minga-upload-bin", upload_id), ("minga-offset", str(offset)))
-    call = method(messages, metadata=metadata)
+    call = connection.channel.stream_unary(method, None, None)(messages, metadata=metadata)
     try:
         answer = await _unless_stalled(call, watch, stall_s=stall_s)
     except grpc.aio.AioRpcError as error:

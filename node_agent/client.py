@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +53,7 @@ T = TypeVar("T")
 MAX_MESSAGE: Final = 8 * 2**20  # bytes: a plan or a list of unit hashes, with room
 KEEPALIVE_MS: Final = 210_000  # middleboxes drop idle connections after 4 minutes
 CALL_TIMEOUT_S: Final = 30.0
+_RECENT: Final = 32  # answered calls whose time is remembered
 TURNED_GRACE_S: Final = 60.0  # for calls under way when another coordinator process is turned to
 OPTIONS: Final = (
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
@@ -158,11 +161,20 @@ class Connection:
     ) -> None:
         self.addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
         self.rng = rng
+        self._took: deque[float] = deque([math.inf], maxlen=_RECENT)
         self._at = 0
         self._witness_at = 0
         self._closing: set[asyncio.Task[None]] = set()
         self._streams: set[Any] = set()
         self._open(identity)
+
+    @property
+    def round_trip_s(self) -> float:
+        """Seconds of the quickest of the last calls that were answered; infinite before the first.
+
+        What the other side does before it answers is in it, so it is an upper bound.
+        """
+        return min(self._took)
 
     @property
     def address(self) -> str:
@@ -278,8 +290,10 @@ class Connection:
             FederationError: as the coordinator said, or UnreachableError.
         """
         address, channel = self.address, self.channel
+        now = asyncio.get_running_loop().time
+        begun = now()
         try:
-            return await method(request, timeout=timeout_s)
+            answer = await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             known = rebuild_error(error, address)
             if isinstance(known, UnreachableError):
@@ -290,6 +304,8 @@ class Connection:
         except grpc.aio.UsageError:
             # The channel was replaced between reading the stub and calling it.
             raise UnreachableError("the connection was being renewed", retry_after_s=0.1) from None
+        self._took.append(now() - begun)
+        return answer
 
     async def ask(
         self,

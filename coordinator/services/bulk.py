@@ -169,7 +169,11 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
         complete = await self._ledger.run("begin_upload", begin)
         durable = header.size if complete else await self._spool.durable(arriving)
         return bulk_pb2.UploadState(
-            upload_id=header.upload_id, durable=durable, total=header.size, complete=complete
+            upload_id=header.upload_id,
+            durable=durable,
+            total=header.size,
+            complete=complete,
+            streams=self._spool.streams(arriving),
         )
 
     async def FinishUpload(
@@ -239,13 +243,13 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
         node = await self._callers.node(context)
         metadata = _metadata(context)
         upload_id = read_bytes(_binary(metadata, "minga-upload-bin"), what="an upload id", size=32)
-        offset = _offset(metadata.get("minga-offset"))
+        offset, end = _offset(metadata), _end(metadata)
         header, arriving = await self._find_upload(upload_id, node)
         check_may_upload((await self._phase(header.round_id)), header)
-        self._spool.check_room(header.size - offset if offset <= header.size else 0)
+        self._spool.check_room(max(0, (header.size if end is None else end) - offset))
         received = _Counted(messages, lambda: self._callers.node(context))
         try:
-            durable = await self._spool.receive(arriving, offset, received)
+            durable = await self._spool.receive(arriving, offset, received, end=end)
         finally:
             if received.bytes:
                 await self._ledger.run(
@@ -324,6 +328,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
             durable=durable,
             total=request.size,
             complete=durable == request.size,
+            streams=self._spool.streams(arriving),
         )
 
     async def put(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
@@ -335,9 +340,10 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
         if arriving is None:
             raise NotFoundError("announce the blob with BeginPut first")
         durable = await self._spool.receive(
-            arriving, _offset(metadata.get("minga-offset")), messages
+            arriving, _offset(metadata), messages, end=_end(metadata)
         )
-        if durable == arriving.total:
+        # The stream that brings the last part names the blob; others see it complete as well.
+        if durable == arriving.total and self._puts.pop(digest, None) is arriving:
             await self._adopt(arriving, digest)
         return durable.to_bytes(8, "big")
 
@@ -431,7 +437,16 @@ def _binary(metadata: dict[str, str | bytes], name: str) -> bytes:
     return value if isinstance(value, bytes) else b""
 
 
-def _offset(text: str | bytes | None) -> int:
+def _offset(metadata: dict[str, str | bytes]) -> int:
+    return _bytes(metadata.get("minga-offset"), "minga-offset")
+
+
+def _end(metadata: dict[str, str | bytes]) -> int | None:
+    text = metadata.get("minga-end")
+    return None if text is None else _bytes(text, "minga-end")
+
+
+def _bytes(text: str | bytes | None, name: str) -> int:
     if not isinstance(text, str) or not text.isascii() or not text.isdigit() or len(text) > 15:
-        raise MalformedMessageError("metadata minga-offset must be a decimal number of bytes")
+        raise MalformedMessageError(f"metadata {name} must be a decimal number of bytes")
     return int(text)

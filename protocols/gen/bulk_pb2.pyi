@@ -17,16 +17,18 @@ class BeginUploadRequest(_message.Message):
     def __init__(self, header: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class UploadState(_message.Message):
-    __slots__ = ("upload_id", "durable", "total", "complete")
+    __slots__ = ("upload_id", "durable", "total", "complete", "streams")
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
     upload_id: bytes
     durable: int
     total: int
     complete: bool
-    def __init__(self, upload_id: _Optional[bytes] = ..., durable: _Optional[int] = ..., total: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...
+    streams: int
+    def __init__(self, upload_id: _Optional[bytes] = ..., durable: _Optional[int] = ..., total: _Optional[int] = ..., complete: _Optional[bool] = ..., streams: _Optional[int] = ...) -> None: ...
 
 class FinishUploadRequest(_message.Message):
     __slots__ = ("upload_id", "leaf")

@@ -30,7 +30,8 @@ class BulkStub:
     methods, which protoc cannot describe:
 
     /minga.v1.Bulk/Append  stream of raw messages (at most 1 MiB each) -> 8 bytes, the durable
-    offset (big-endian). Metadata: minga-upload-bin (id), minga-offset.
+    offset (big-endian). Metadata: minga-upload-bin (id), minga-offset, and
+    minga-end where other streams bring other parts.
     /minga.v1.Bulk/Put     like Append, for blobs of an operator: metadata minga-digest-bin.
     /minga.v1.Bulk/Fetch   40 raw bytes (digest, offset u64 big-endian) -> stream of raw messages.
 
@@ -70,7 +71,8 @@ class BulkServicer:
     methods, which protoc cannot describe:
 
     /minga.v1.Bulk/Append  stream of raw messages (at most 1 MiB each) -> 8 bytes, the durable
-    offset (big-endian). Metadata: minga-upload-bin (id), minga-offset.
+    offset (big-endian). Metadata: minga-upload-bin (id), minga-offset, and
+    minga-end where other streams bring other parts.
     /minga.v1.Bulk/Put     like Append, for blobs of an operator: metadata minga-digest-bin.
     /minga.v1.Bulk/Fetch   40 raw bytes (digest, offset u64 big-endian) -> stream of raw messages.
 
@@ -141,7 +143,8 @@ class Bulk:
     methods, which protoc cannot describe:
 
     /minga.v1.Bulk/Append  stream of raw messages (at most 1 MiB each) -> 8 bytes, the durable
-    offset (big-endian). Metadata: minga-upload-bin (id), minga-offset.
+    offset (big-endian). Metadata: minga-upload-bin (id), minga-offset, and
+    minga-end where other streams bring other parts.
     /minga.v1.Bulk/Put     like Append, for blobs of an operator: metadata minga-digest-bin.
     /minga.v1.Bulk/Fetch   40 raw bytes (digest, offset u64 big-endian) -> stream of raw messages.
 

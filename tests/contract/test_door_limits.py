@@ -166,7 +166,7 @@ def test_an_upload_that_stops_is_ended_and_goes_on_later(wide):
     assert again.durable == 4 * MIB
     client.append(state.upload_id, again.durable, upload.messages(start=again.durable))
     assert finish(client, state.upload_id) == upload.header().receipt
-    assert not wide.parts.spool._streams
+    assert not wide.parts.spool._open
 
 
 def test_an_upload_that_drips_is_ended(wide):

@@ -301,7 +301,7 @@ def test_offsets_of_few_uploads_are_remembered(tmp_path, monkeypatch):
         for one in made:
             one.path.write_bytes(b"data")
         assert [await kept.durable(one) for one in made] == [4] * 8
-        assert len(kept._durable) == 3
+        assert len(kept._verified) == 3
         assert [await kept.durable(one) for one in made] == [4] * 8
 
     asyncio.run(go())
