@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Final, NoReturn, assert_never
 
 from node_agent import consent
-from node_agent.bulk import Announcement, fetch, upload
+from node_agent.bulk import fetch
 from node_agent.capability import base_size, check_memory
 from node_agent.carry import carries, claimed, left_out, note_mean, note_unsent, take
 from node_agent.contribution import (
@@ -59,6 +59,7 @@ from node_agent.site import Site
 from node_agent.site_policy import SiteRules, load_site_rules
 from node_agent.spool import DataPaths, Job, job_id, read_job, read_result
 from node_agent.transfers import Shown, Transfer
+from node_agent.uploads import Announcement, upload
 from node_agent.view import RoundSeen, RunSeen
 from policies.audit.gate import AggregateShown
 from protocols.canonical import hash_fields, sha256_hex

@@ -1,13 +1,9 @@
-"""Vectors up, blobs down: raw bytes, resumed where they stopped, checked unit by unit.
+"""Blobs down: raw bytes, resumed where they stopped, checked unit by unit. (Up: ``uploads``.)
 
-Up: announce (BeginUpload) -> Append from the durable offset -> FinishUpload -> receipt. After any
-failure the coordinator is asked again how far it got; what is durable there is not sent twice. Over
-a long link several streams bring several parts at once (``node_agent.parts``).
-
-Down: DescribeBlob names the 4 MiB units; their tree root must be the blob's name. Fetch streams
-from an offset; a unit is compared with its hash before it is kept. A file grows under the name
+DescribeBlob names the 4 MiB units; their tree root must be the blob's name. Fetch streams from an
+offset; a unit is compared with its hash before it is kept. A file grows under the name
 ``.<name>.part``; after a crash what lies there is hashed again and only the rest is fetched, so no
-unit needs an fsync of its own. Normative text: protocols/spec/upload.md.
+unit needs an fsync of its own. Normative text: protocols/spec/upload.md, section 4.
 """
 
 from __future__ import annotations
@@ -15,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -25,12 +20,9 @@ import grpc
 import grpc.aio
 
 from node_agent.client import Backoff, Connection, rebuild_error
-from node_agent.parts import missing_parts, streams_for
 from node_agent.spool import sync_folder
 from protocols.errors import (
-    CorruptStateError,
     DigestMismatchError,
-    MalformedMessageError,
     NotReadyError,
     StorageFullError,
     UnreachableError,
@@ -44,23 +36,23 @@ from protocols.tlog.merkle import leaf_hash
 T = TypeVar("T")
 MESSAGE: Final = 2**20  # bytes of one raw message
 STALL_S: Final = 120.0  # without a byte accepted or received, a transfer is given up and resumed
-_READ_BACK_S: Final = 600.0
+READ_BACK_S: Final = 600.0
 ATTEMPTS: Final = 6  # failures in a row without progress
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
-def _silent(_done: int, _total: int) -> None:
+def silent(_done: int, _total: int) -> None:
     """Nobody watches."""
 
 
 @dataclass(slots=True)
-class _Watch:
+class Watch:
     """Bytes moved so far, for the stall watch."""
 
     moved: int = 0
 
 
-async def _unless_stalled(work: Awaitable[Any], watch: _Watch, *, stall_s: float) -> Any:
+async def unless_stalled(work: Awaitable[Any], watch: Watch, *, stall_s: float) -> Any:
     """Await ``work``; give it up when ``watch`` stands still.
 
     Raises:
@@ -80,7 +72,7 @@ async def _unless_stalled(work: Awaitable[Any], watch: _Watch, *, stall_s: float
             task.cancel()
 
 
-class _Patience:
+class Patience:
     """Counts failures in a row without progress, and waits between them."""
 
     def __init__(self, connection: Connection) -> None:
@@ -104,234 +96,6 @@ class _Patience:
         await asyncio.sleep(
             self._backoff.delay(self._failures - 1, self._rng, at_least=error.retry_after_s)
         )
-
-
-# -- up ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Announcement:
-    """What BeginUpload says."""
-
-    header: bytes
-    signature: bytes
-    unit_hashes: tuple[bytes, ...]
-
-
-async def upload(
-    connection: Connection,
-    path: Path,
-    announcement: Announcement,
-    *,
-    progress: Progress = _silent,
-    stall_s: float = STALL_S,
-    leaf: bytes = b"",
-) -> bytes:
-    """Send a file and return its receipt, 32 bytes. Safe to repeat at any time.
-
-    Args:
-        connection: to the coordinator.
-        path: the vector.
-        announcement: its signed header.
-        progress: told of every step.
-        stall_s: without progress for so long, a try is given up.
-        leaf: what the node signs about it for the round log; empty: there is none.
-
-    Raises:
-        ConflictingUploadError, WrongPhaseError, NotListedError: as the coordinator said.
-        CorruptStateError: the file is not as long as what was announced.
-        NotReadyError: it failed too often in a row without progress.
-    """
-    request = bulk_pb2.BeginUploadRequest(
-        header=announcement.header,
-        signature=announcement.signature,
-        unit_hashes=announcement.unit_hashes,
-    )
-    patience = _Patience(connection)
-    arrived: set[int] = set()  # units beyond the durable offset that were acknowledged
-    while True:
-        # After a restart the other side reads the whole file back before it answers.
-        state = await connection.ask(lambda c: c.bulk.BeginUpload, request, timeout_s=_READ_BACK_S)
-        if not state.complete and state.durable < state.total:
-            if _size(path) != state.total:
-                raise CorruptStateError(f"{path} is not the vector that was announced")
-            place = Place(method=APPEND, name=("minga-upload-bin", bytes(state.upload_id)))
-            try:
-                await send(
-                    connection, path, place, state, arrived, progress=progress, stall_s=stall_s
-                )
-            except NotReadyError as error:
-                await patience.wait(error, int(state.durable))
-                continue
-        finish = bulk_pb2.FinishUploadRequest(upload_id=state.upload_id, leaf=leaf)
-        try:
-            answer = await connection.call(
-                connection.bulk.FinishUpload, finish, timeout_s=_READ_BACK_S
-            )
-        except NotReadyError as error:  # not answered, or it lost what it had not acknowledged
-            arrived.clear()
-            await patience.wait(error, int(state.durable))
-            continue
-        progress(int(state.total), int(state.total))
-        return bytes(answer.receipt)
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where the bytes of a file go."""
-
-    method: str
-    name: tuple[str, bytes]  # metadata that says of what they are
-
-
-APPEND: Final = "/minga.v1.Bulk/Append"
-
-
-async def send(
-    connection: Connection,
-    path: Path,
-    place: Place,
-    state: bulk_pb2.UploadState,
-    arrived: set[int],
-    *,
-    progress: Progress = _silent,
-    stall_s: float = STALL_S,
-) -> None:
-    """Send what is missing, over a long link in several streams at once.
-
-    Args:
-        connection: to the coordinator.
-        path: the file.
-        place: where it goes.
-        state: as the other side answered when it was announced.
-        arrived: units beyond ``state.durable`` that it has; those that it gets are added.
-        progress: told of every message.
-        stall_s: without progress for so long, a stream is given up.
-
-    Raises:
-        NotReadyError: a stream broke; what arrived before stays.
-        CorruptStateError: the file is shorter than it was.
-    """
-    start, total = int(state.durable), int(state.total)
-    parts = list(missing_parts(start, total, arrived))
-    streams = streams_for(
-        round_trip_s=connection.round_trip_s, allowed=int(state.streams), parts=len(parts)
-    )
-    if streams == 1 and not arrived:
-        await _append(
-            connection, path, place, start, total, alone=True,
-            progress=lambda more: progress(start + more, total), stall_s=stall_s,
-        )  # fmt: skip
-        return
-    sent = dict.fromkeys(parts, 0)
-    before = total - sum(end - offset for offset, end in parts)
-
-    def count(part: tuple[int, int], more: int) -> None:
-        sent[part] = more
-        progress(before + sum(sent.values()), total)
-
-    async def work(waiting: Iterator[tuple[int, int]]) -> None:
-        for part in waiting:
-            await _append(
-                connection, path, place, *part, alone=False,
-                progress=partial(count, part), stall_s=stall_s,
-            )  # fmt: skip
-            arrived.update(range(part[0] // UNIT, -(-part[1] // UNIT)))
-
-    waiting = iter(parts)  # shared: whoever is free takes the next
-    tasks = [asyncio.ensure_future(work(waiting)) for _ in range(streams)]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-
-
-async def _append(
-    connection: Connection,
-    path: Path,
-    place: Place,
-    offset: int,
-    end: int,
-    *,
-    alone: bool,
-    progress: Callable[[int], None],
-    stall_s: float,
-) -> int:
-    """Stream bytes [offset, end) of a file; return the offset that is durable there.
-
-    When the other side ends the call while we write, grpc.aio reports that the write failed and
-    loses the reason. An append of nothing, which writes nothing, brings the reason out.
-    """
-    watch = _Watch(offset)
-
-    async def messages() -> AsyncIterator[bytes]:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            at = offset
-            while at < end:
-                data = os.pread(descriptor, min(MESSAGE, end - at), at)
-                if not data:
-                    raise CorruptStateError(f"{path} became shorter while it was sent")
-                yield data
-                at += len(data)
-                watch.moved = at
-                progress(at - offset)
-        finally:
-            os.close(descriptor)
-
-    metadata: list[tuple[str, str | bytes]] = [place.name, ("minga-offset", str(offset))]
-    if not alone:
-        metadata.append(("minga-end", str(end)))
-    call = partial(_append_call, connection, place.method, metadata, watch, stall_s)
-    try:
-        return await call(messages())
-    except _CutOffError:
-        await call(_nothing())
-        raise UnreachableError("the upload was cut off", retry_after_s=0.0) from None
-
-
-class _CutOffError(Exception):
-    """The call ended while it was written to; why is not known."""
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    nothing: tuple[bytes, ...] = ()
-    for message in nothing:
-        yield message
-
-
-async def _append_call(
-    connection: Connection,
-    method: str,
-    metadata: Sequence[tuple[str, str | bytes]],
-    watch: _Watch,
-    stall_s: float,
-    messages: AsyncIterator[bytes],
-) -> int:
-    call = connection.channel.stream_unary(method, None, None)(messages, metadata=metadata)
-    try:
-        answer = await _unless_stalled(call, watch, stall_s=stall_s)
-    except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.INTERNAL and "from Core" in (error.details() or ""):
-            raise _CutOffError from None
-        raise rebuild_error(error, connection.address) from None
-    except asyncio.CancelledError:
-        if not call.cancelled():  # we are being cancelled, not the call
-            call.cancel()
-            raise
-        raise UnreachableError("the upload was cut off") from None
-    if not isinstance(answer, bytes) or len(answer) != 8:
-        raise MalformedMessageError("Append must answer with an offset of 8 bytes")
-    return int.from_bytes(answer, "big")
 
 
 # -- down ----------------------------------------------------------------------------------------
@@ -431,7 +195,7 @@ async def fetch(
     size: int | None = None,
     round_: RoundId | None = None,
     durable: bool = True,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     stall_s: float = STALL_S,
 ) -> int:
     """Download a blob into ``path``; return its size in bytes. Resumes what a crash left.
@@ -456,14 +220,14 @@ async def fetch(
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         good = await _in_thread(_good_prefix, descriptor, blob)
-        patience = _Patience(connection)
+        patience = Patience(connection)
         while good < len(blob.hashes):
-            watch = _Watch(blob.unit(good)[0])
+            watch = Watch(blob.unit(good)[0])
             stream = _stream_units(
                 connection, blob, descriptor, good, watch, progress=progress, round_=round_
             )
             try:
-                good = await _unless_stalled(stream, watch, stall_s=stall_s)
+                good = await unless_stalled(stream, watch, stall_s=stall_s)
             except NotReadyError as error:
                 good = watch.moved // UNIT  # only whole, checked units moved it
                 await patience.wait(error, watch.moved)
@@ -482,7 +246,7 @@ async def _stream_units(
     blob: _Blob,
     descriptor: int,
     first: int,
-    watch: _Watch,
+    watch: Watch,
     *,
     progress: Progress,
     round_: RoundId | None,
@@ -553,7 +317,7 @@ async def fetch_bytes(
     blob = await describe(connection, digest, size=None)
     if blob.size > limit:
         raise DigestMismatchError(f"blob {digest} has {blob.size} bytes; at most {limit} are taken")
-    patience = _Patience(connection)
+    patience = Patience(connection)
     metadata = (("minga-round", str(round_)),) if round_ else ()
     while True:
         method = connection.channel.unary_stream("/minga.v1.Bulk/Fetch", None, None)

@@ -19,8 +19,8 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Final, TypeVar
@@ -183,6 +183,17 @@ class Connection:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         return grpc.aio.secure_channel(address, _credentials(self._identity), options=list(OPTIONS))
+
+    @asynccontextmanager
+    async def channels(self, count: int) -> AsyncIterator[list[grpc.aio.Channel]]:
+        """``count`` channels to whom this node talks to now, each with a connection of its own: a
+        receive window belongs to a connection. The first is the one that everything uses."""
+        more = [self._channel(self.address) for _ in range(count - 1)]
+        try:
+            yield [self.channel, *more]
+        finally:
+            for channel in more:
+                await channel.close(None)
 
     def _open(self, identity: TlsIdentity) -> None:
         self._identity = identity

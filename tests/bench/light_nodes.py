@@ -20,7 +20,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node_agent import bulk
+from node_agent import bulk, uploads
 from node_agent.client import Connection
 from node_agent.contribution import Terms, make_contribution, synthetic_work
 from node_agent.enrol import join
@@ -153,10 +153,10 @@ class LightNode:
         )
         record = await self._vectors.of(self._connection, terms, start, self._key)
         header = replace(UploadHeader.from_bytes(record.header), node=self._node)
-        await bulk.upload(
+        await uploads.upload(
             self._connection,
             self._vectors.folder / record.file,
-            bulk.Announcement(
+            uploads.Announcement(
                 header=header.to_bytes(),
                 signature=sign_header(self._key, header),
                 unit_hashes=record.unit_hashes,

@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 from infra.runs.operator import Operator, find_operator
-from node_agent import bulk
+from node_agent import bulk, uploads
 from node_agent.client import Connection
 from node_agent.keys import TlsIdentity
 from protocols.gen import bulk_pb2
@@ -159,8 +159,8 @@ async def _put(connection: Connection, path: Path) -> tuple[Digest, float]:
     begun = time.perf_counter()
     state = await connection.ask(lambda c: c.bulk.BeginPut, info)
     # As a node sends its vector, but under the name of a blob, for which no round has to be played.
-    place = bulk.Place(method=PUT, name=("minga-digest-bin", bytes.fromhex(digest)))
-    await bulk.send(connection, path, place, state, set())
+    place = uploads.Place(method=PUT, name=("minga-digest-bin", bytes.fromhex(digest)))
+    await uploads.send(connection, path, place, state, set())
     seconds = time.perf_counter() - begun
     state = await connection.ask(lambda c: c.bulk.BeginPut, info)
     if not state.complete:

@@ -19,7 +19,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node_agent import bulk, enrol
+from node_agent import enrol, uploads
 from node_agent import log as node_log
 from node_agent.client import Connection
 from node_agent.contribution import Terms
@@ -122,10 +122,10 @@ class SigningNode(LightNode):
         )
         leaf = self._leaf(round_, said, "commit")
         self._commits = {str(round_): leaf.leaf_hash}
-        await bulk.upload(
+        await uploads.upload(
             self._connection,
             self._vectors.folder / record.file,
-            bulk.Announcement(
+            uploads.Announcement(
                 header=header.to_bytes(),
                 signature=sign_header(self._key, header),
                 unit_hashes=record.unit_hashes,

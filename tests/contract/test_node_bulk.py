@@ -16,8 +16,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node_agent import bulk
-from node_agent.bulk import Announcement, fetch, fetch_bytes, upload
+from node_agent.bulk import fetch, fetch_bytes
 from node_agent.client import Backoff, Connection, retrying
+from node_agent.uploads import Announcement, upload
 from protocols.errors import (
     ConflictingUploadError,
     CorruptStateError,

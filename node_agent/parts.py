@@ -1,0 +1,54 @@
+"""How an upload is cut into parts that travel at the same time.
+
+A receiver lets ``STREAM_WINDOW`` bytes of a stream be under way, so one stream is as fast as that
+window for each round trip: 20 MB/s at 100 ms. Over a long link several streams bring several parts.
+Pure functions; protocols/spec/upload.md, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator
+from typing import Final
+
+from protocols.tensors.sizes import STREAM_WINDOW, UNIT
+
+LINK: Final = 125e6  # bytes per second that are worth filling: 1 Gb/s
+PART_UNITS: Final = 8  # units of one part, at most: what is sent again when a stream breaks
+
+
+def streams_for(*, round_trip_s: float, allowed: int, parts: int) -> int:
+    """How many streams fill a link of ``LINK`` bytes per second.
+
+    Args:
+        round_trip_s: the quickest answer of late; infinite: nothing was answered yet.
+        allowed: by the receiver; 0 as from an older one: one.
+        parts: that are missing.
+
+    Returns:
+        At least 1, at most ``allowed`` and at most one for each part.
+    """
+    if not math.isfinite(round_trip_s):
+        return 1
+    wanted = math.ceil(LINK * max(0.0, round_trip_s) / STREAM_WINDOW)
+    return max(1, min(wanted, allowed, parts))
+
+
+def missing_parts(start: int, total: int, arrived: Container[int]) -> Iterator[tuple[int, int]]:
+    """The parts that are still to be sent, in order: first byte, and one past the last.
+
+    Args:
+        start: bytes that are durable from the beginning; whole units.
+        total: of the file.
+        arrived: units beyond ``start`` that are durable as well.
+    """
+    first: int | None = None
+    units = -(-total // UNIT)
+    for unit in range(start // UNIT, units):
+        if first is not None and (unit in arrived or unit - first == PART_UNITS):
+            yield first * UNIT, unit * UNIT
+            first = None
+        if first is None and unit not in arrived:
+            first = unit
+    if first is not None:
+        yield first * UNIT, total
