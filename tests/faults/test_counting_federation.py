@@ -146,7 +146,11 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
 
 
 def test_the_work_of_a_late_site_is_in_the_next_sum_it_is_part_of(sites):
-    """Round 0: done too late. 2: withdrawn in mid-training. 4: ready in time, uploaded too late."""
+    """Round 0: done too late. 2: withdrawn in mid-training. 4: ready in time, uploaded too late.
+
+    No round can end before what the test looks at in the one before was looked at: the slow site
+    gets its steps only then.
+    """
     federation = sites.federation
     run = federation.submit(
         "late",
@@ -166,16 +170,16 @@ def test_the_work_of_a_late_site_is_in_the_next_sum_it_is_part_of(sites):
     sites.steps(SLOW, 0, 3)
     wait_for(sites.spool(SLOW).result(f"{run}.0").exists)
     without_the_slow_one(0)
-    sites.steps(SLOW, 1, 7)
     federation.household.resume([SLOW])
     assert sites.late(run, 0) == 3
+    sites.steps(SLOW, 1, 7)
     assert sites.summed(run, 1) == OTHERS + 7 + 3
 
     sites.at_work(run, 2)
-    sites.steps(SLOW, 3, 5)
     without_the_slow_one(2)
     done = sites.late(run, 2)
     assert done >= 3
+    sites.steps(SLOW, 3, 5)
     assert sites.summed(run, 3) == OTHERS + 5 + done
 
     sites.steps(SLOW, 4, 3)
