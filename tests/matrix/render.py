@@ -7,6 +7,7 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -157,11 +158,20 @@ def _beside(facts: dict[str, Any]) -> str:
     loads = [load for case in facts["cases"].values() for load in case.get("load") or ()]
     if not loads:
         return ""
+    most = _side_by_side(facts["cases"].values())
     return (
         f" that did other work as well: the load average was {min(loads):.1f} to {max(loads):.1f}"
-        f" (the median {statistics.median(loads):.1f}), where {facts['cores']} would fill them and"
-        " the faults alone make about 2. On a machine of its own the times are shorter"
+        f" (the median {statistics.median(loads):.1f}), where {facts['cores']} would fill them"
+        + (f"; up to {most} of these cases ran side by side" if most > 1 else "")
+        + ". On a machine of its own the times are shorter"
     )
+
+
+def _side_by_side(cases: Iterable[dict[str, Any]]) -> int:
+    """How many cases ran at once, at most: a case ended at ``at`` and lasted ``seconds``."""
+    ends = [(datetime.fromisoformat(case["at"]), case["seconds"]) for case in cases]
+    spans = [(end - timedelta(seconds=lasted), end) for end, lasted in ends]
+    return max((sum(a < start <= b for a, b in spans) + 1 for start, _ in spans), default=0)
 
 
 def _by_phase(rows: Iterable[dict[str, Any]]) -> list[str]:
