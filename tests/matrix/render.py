@@ -35,7 +35,8 @@ What the words mean:
   (`tests/matrix/relay.py`). The interface that goes down is a real one, between two network
   namespaces (`tests/matrix/interfaces.py`).
 - *Half-open.* Nothing says that such a connection is dead. A node dials again when a call has had
-  no answer for 30 s, or a poll of 25 s is 15 s overdue; its streams begin anew with that.
+  no answer for 30 s, or a poll of 25 s is 15 s overdue; its streams begin anew with that. That is
+  40 s at most; a row of a minute, seen once in seven, is not explained.
 - *Clock off by.* Of one party alone, and then right again. Cosignatures from more than five minutes
   ahead are not taken, so rounds wait as long as a witness is ahead of the coordinator, whoever of
   them is wrong, and go on when the clock is right. *Clock jumps by* stays, and adds up.
