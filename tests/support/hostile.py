@@ -229,7 +229,7 @@ class Liar:
         data = self.vector(name, number)
         path = upload_path(play.door.config.spool, play.round, number, node)
         path.unlink()
-        play.door.parts.spool._durable.pop(path, None)
+        play.door.parts.spool._verified.pop(path, None)
         statement = sa.text(
             "DELETE FROM uploads WHERE run_id = :run AND attempt = :attempt AND node_id = :node"
         )
