@@ -14,7 +14,8 @@ from typing import Final
 from protocols.tensors.sizes import STREAM_WINDOW, UNIT
 
 LINK: Final = 125e6  # bytes per second that are worth filling: 1 Gb/s
-PART_UNITS: Final = 8  # units of one part, at most: what is sent again when a stream breaks
+PART_UNITS: Final = 4  # units of one part, at most: what is sent again when a stream breaks
+SPARE: Final = 1.25  # streams more than fill the link: each waits a round trip between two parts
 
 
 def streams_for(*, round_trip_s: float, allowed: int, parts: int) -> int:
@@ -30,7 +31,8 @@ def streams_for(*, round_trip_s: float, allowed: int, parts: int) -> int:
     """
     if not math.isfinite(round_trip_s):
         return 1
-    wanted = math.ceil(LINK * max(0.0, round_trip_s) / STREAM_WINDOW)
+    under_way = LINK * max(0.0, round_trip_s)
+    wanted = 1 if under_way <= STREAM_WINDOW else math.ceil(SPARE * under_way / STREAM_WINDOW)
     return max(1, min(wanted, allowed, parts))
 
 

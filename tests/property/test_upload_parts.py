@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from coordinator import spool as module
 from coordinator.spool import ALL_STREAMS, MAX_STREAMS, Arriving, Spool, streams_allowed
 from node_agent import parts
-from node_agent.parts import LINK, PART_UNITS, missing_parts, streams_for
+from node_agent.parts import LINK, PART_UNITS, SPARE, missing_parts, streams_for
 from protocols.errors import DigestMismatchError, MalformedMessageError, OffsetError
 from protocols.tensors.sizes import STREAM_WINDOW
 from protocols.tlog.merkle import leaf_hash
@@ -87,7 +87,7 @@ def test_no_more_streams_than_are_allowed_and_no_more_than_fill_the_link(
     assert streams >= 1
     if streams > 1:
         assert streams <= min(allowed, parts)
-        assert (streams - 1) * STREAM_WINDOW < LINK * round_trip_s
+        assert (streams - 1) * STREAM_WINDOW < SPARE * LINK * round_trip_s
     elif allowed > 1 < parts and math.isfinite(round_trip_s):
         assert LINK * round_trip_s <= STREAM_WINDOW
 
