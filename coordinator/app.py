@@ -338,7 +338,7 @@ def keep_heap_small() -> None:
     glibc uses two heaps instead of eight for each core: threads come and go here, and each heap
     keeps the most it ever needed. What is larger than 64 KiB (messages, units, chunks) gets pages
     of its own that go back when it is freed, and a heap's free end goes back from 128 KiB on. Left
-    alone, glibc raises both limits to 64 MiB once it has seen a large buffer freed.
+    alone, glibc raises both limits each time it sees a larger buffer freed (mallopt(3)).
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -347,8 +347,7 @@ def keep_heap_small() -> None:
         mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_M_ARENA_MAX = -8  # from glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # from glibc's malloc.h
 
 
 async def serve(config: CoordinatorConfig, clock: Clock | None = None) -> None:

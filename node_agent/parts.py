@@ -1,7 +1,8 @@
 """How an upload is cut into parts that travel at the same time.
 
-A receiver lets ``STREAM_WINDOW`` bytes of a stream be under way, so one stream is as fast as that
-window for each round trip: 20 MB/s at 100 ms. Over a long link several streams bring several parts.
+A receiver lets ``STREAM_WINDOW`` bytes of a connection be under way, so one is as fast as that
+window for each round trip: 20 MB/s at 100 ms. Over a long link several streams, each on a
+connection of its own, bring several parts.
 Pure functions; protocols/spec/upload.md, section 3.
 """
 

@@ -343,7 +343,8 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
             arriving, _offset(metadata), messages, end=_end(metadata)
         )
         # The stream that brings the last part names the blob; others see it complete as well.
-        if durable == arriving.total and self._puts.pop(digest, None) is arriving:
+        # Somebody may have asked how far it got meanwhile, so it need not be this announcement.
+        if durable == arriving.total and self._puts.pop(digest, None) is not None:
             await self._adopt(arriving, digest)
         return durable.to_bytes(8, "big")
 

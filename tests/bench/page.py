@@ -146,7 +146,8 @@ def _known(results: Facts) -> Iterable[tuple[str, str]]:
 
 def _group(results: Facts, start: str, repeat: str) -> str:
     works = {what: work for what, work in results["works"].items() if what.startswith(start)}
-    lines = [f"## {start.capitalize()}", "", f"Measure again: `{repeat}`", ""]
+    title = start.removesuffix(" over").capitalize()
+    lines = [f"## {title}", "", f"Measure again: `{repeat}`", ""]
     lines += _table(
         ("what", "measure", "Minga", "beside", "theirs", "ratio", "best", "target", "reached"),
         [line for what, work in works.items() for line in _lines(what, work)],

@@ -498,6 +498,32 @@ def test_an_operator_puts_a_blob_and_may_put_it_again(door):
     assert door.parts.blobs.has(Digest(root.hex()))
 
 
+def test_a_blob_that_is_put_in_parts_is_named_once_and_whoever_asks_meanwhile_does_not_stop_it(
+    door,
+):
+    data = os.urandom(UNIT + 100)
+    root, hashes = packed(data)
+    info = bulk_pb2.BlobInfo(digest=root, size=len(data), unit_hashes=hashes)
+    operator = door.operator()
+    call = operator.channel.stream_unary("/minga.v1.Bulk/Put", None, None)
+
+    def messages():  # the last part; while it is under way, somebody asks how far it got
+        yield data[:MIB]
+        assert operator.bulk.BeginPut(info, timeout=10).durable == 0
+        for at in range(MIB, UNIT, MIB):
+            yield data[at : at + MIB]
+
+    def put(start, end, parts):
+        metadata = [("minga-digest-bin", root), ("minga-offset", str(start))]
+        metadata.append(("minga-end", str(end)))
+        return int.from_bytes(call(parts, metadata=metadata, timeout=10), "big")
+
+    assert operator.bulk.BeginPut(info, timeout=10).streams > 1
+    assert put(UNIT, len(data), iter([data[UNIT:]])) == 0
+    assert put(0, UNIT, messages()) == len(data)
+    assert door.parts.blobs.has(Digest(root.hex()))
+
+
 # -- what local steps cost -----------------------------------------------------------------------
 
 
