@@ -61,6 +61,7 @@ class Spool:
         self._min_free = min_free_bytes
         self._verified: dict[Path, _Verified] = {}
         self._open: dict[Path, _Open] = {}
+        self._allowed: dict[Path, int] = {}  # streams of one file, as was answered last
 
     def prepare(self) -> None:
         """Make the folder."""
@@ -98,10 +99,22 @@ class Spool:
     def forget(self, arriving: Arriving) -> None:
         """The file was taken away or is complete."""
         self._verified.pop(arriving.path, None)
+        self._allowed.pop(arriving.path, None)
 
-    def streams(self, arriving: Arriving) -> int:
-        """How many streams may bring this file at once, so that all together stay bounded."""
-        return streams_allowed(len(self._open.keys() - {arriving.path}))
+    def allow_streams(self, arriving: Arriving, *, expected: int = 0) -> int:
+        """How many streams may bring this file at once, so that all together stay bounded.
+
+        Args:
+            arriving: the file.
+            expected: other files that will come at the same time, whether they have begun or not:
+                those who are asked together must not all be told that they are alone.
+        """
+        others = len(self._open.keys() - {arriving.path})
+        allowed = streams_allowed(max(others, expected))
+        while len(self._allowed) >= MAX_KNOWN:
+            del self._allowed[next(iter(self._allowed))]
+        self._allowed[arriving.path] = allowed
+        return allowed
 
     async def receive(
         self,
@@ -166,14 +179,14 @@ class Spool:
                     del self._open[arriving.path]
 
     async def _take_over(self, path: Path, part: range, *, alone: bool) -> None:
-        """End the older streams that write where this one will."""
+        """End the older streams that write where this one will, or are too many beside it."""
         for _ in range(_TAKE_OVERS):
             opened = self._open.get(path)
-            older = {
-                task
-                for task, other in (opened.streams.items() if opened is not None else ())
-                if task is not asyncio.current_task() and (alone or _overlap(part, other))
-            }
+            streams = opened.streams if opened is not None else {}
+            older = {task for task, other in streams.items() if alone or _overlap(part, other)}
+            spare = self._allowed.get(path, MAX_STREAMS) - 1 - (len(streams) - len(older))
+            if spare < 0:  # more than were allowed: the oldest may be half-open
+                older.update([task for task in streams if task not in older][:-spare])
             if not older:
                 return
             for task in older:

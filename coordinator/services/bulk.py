@@ -38,7 +38,7 @@ from protocols.gen import bulk_pb2, bulk_pb2_grpc
 from protocols.identifiers import Digest, NodeId, RoundId
 from protocols.plan import Plan
 from protocols.round_vector import round_ring
-from protocols.rounds import Phase, UploadArrived, Uploading
+from protocols.rounds import NOBODY, Nodes, Phase, UploadArrived, Uploading
 from protocols.tensors.units import digest_of_units, unit_count
 from protocols.tlog.kinds import UpdateCommit
 from protocols.upload import UploadHeader, check_unit_hashes, verify_header
@@ -98,6 +98,11 @@ def check_may_upload(phase: Phase, header: UploadHeader) -> None:
         )
     if header.node not in phase.ready:
         raise NotListedError(f"{header.node} is not in the ready set of round {round_}")
+
+
+def _still_to_come(phase: Phase) -> Nodes:
+    """Whose updates are waited for."""
+    return phase.ready - phase.received if isinstance(phase, Uploading) else NOBODY
 
 
 class BulkService(bulk_pb2_grpc.BulkServicer):
@@ -168,12 +173,13 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
 
         complete = await self._ledger.run("begin_upload", begin)
         durable = header.size if complete else await self._spool.durable(arriving)
+        others = _still_to_come(await self._phase(header.round_id)) - {node}
         return bulk_pb2.UploadState(
             upload_id=header.upload_id,
             durable=durable,
             total=header.size,
             complete=complete,
-            streams=self._spool.streams(arriving),
+            streams=self._spool.allow_streams(arriving, expected=len(others)),
         )
 
     async def FinishUpload(
@@ -328,7 +334,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
             durable=durable,
             total=request.size,
             complete=durable == request.size,
-            streams=self._spool.streams(arriving),
+            streams=self._spool.allow_streams(arriving),
         )
 
     async def put(self, messages: AsyncIterator[bytes], context: Context) -> bytes:

@@ -63,6 +63,15 @@ def test_parts_arrive_in_any_order_and_count_when_the_last_is_there(door, client
     assert kept(door, vector) == vector.data
 
 
+@pytest.mark.parametrize(("nodes", "received", "streams"), [(33, 0, 1), (33, 30, 8), (8, 0, 4)])
+def test_how_many_connections_depends_on_whose_updates_are_still_to_come(
+    door, client, nodes, received, streams
+):
+    roster = ["a", *(f"n{number:02}" for number in range(1, nodes))]
+    vector = Upload(door, run=next(runs), roster=roster, received=roster[1 : received + 1])
+    assert begin(client, vector).streams == streams
+
+
 FORBIDDEN = [
     (UNIT, UNIT + MIB, MIB, ("INVALID_ARGUMENT", "malformed", "not of whole units")),
     (MIB, UNIT, MIB, ("INVALID_ARGUMENT", "malformed", "not of whole units")),

@@ -255,3 +255,47 @@ def test_units_behind_a_gap_outlast_a_restart(tmp_path):
         assert await after.durable(arriving) == len(data)
 
     asyncio.run(asyncio.wait_for(play(), 60))
+
+
+@given(st.integers(1, 64), st.integers(0, 3))
+def test_who_is_asked_at_once_is_not_told_that_it_is_alone(tmp_path_factory, nodes, unused):
+    """Nobody has begun yet when all announce, so what is open says nothing."""
+    folder = tmp_path_factory.mktemp("spool")
+    spool = Spool(folder, min_free_bytes=0)
+    granted = [
+        spool.allow_streams(announced(folder / f"{number}", b"1"), expected=nodes - 1 + unused)
+        for number in range(nodes)
+    ]
+    assert sum(granted) <= max(ALL_STREAMS, nodes)
+
+
+def test_of_more_streams_than_were_allowed_the_oldest_ends(tmp_path):
+    data = bytes(range(4 * SMALL))
+    arriving = announced(tmp_path / "vector", data)
+
+    async def play():
+        spool = Spool(tmp_path, min_free_bytes=0)
+        never = asyncio.Event()
+        assert spool.allow_streams(arriving, expected=ALL_STREAMS // 2 - 1) == 2
+
+        def bring(unit):
+            at = unit * SMALL
+            return asyncio.ensure_future(
+                spool.receive(
+                    arriving, at, stream(data, at, at + 4, step=4, then=never.wait), end=at + SMALL
+                )
+            )
+
+        tasks = []
+        for unit in range(4):
+            tasks.append(bring(unit))
+            await asyncio.wait(tasks[:-2], timeout=10) if unit > 1 else await asyncio.sleep(0.01)
+            while len(spool._open[arriving.path].streams) < min(unit + 1, 2):
+                await asyncio.sleep(0.001)
+            assert [task.done() for task in tasks] == [n < unit - 1 for n in range(unit + 1)]
+        assert all(task.cancelled() for task in tasks[:2])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=10)
+
+    asyncio.run(asyncio.wait_for(play(), 60))

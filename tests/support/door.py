@@ -44,7 +44,7 @@ from protocols.gen import (
 )
 from protocols.identifiers import NodeId, RoundId
 from protocols.plan import Plan
-from protocols.rounds import Phase, Uploading
+from protocols.rounds import NOBODY, Nodes, Phase, Uploading
 from protocols.tensors.ring import Ring
 from protocols.tensors.scales import initial_scales
 from protocols.tensors.snapshot import Snapshot
@@ -296,7 +296,13 @@ class Door:
         self.coordinates[run] = coordinates
         return plan
 
-    def open_round(self, plan: Plan, phase: Phase | None = None, number: int = 0) -> RoundId:
+    def open_round(
+        self,
+        plan: Plan,
+        phase: Phase | None = None,
+        number: int = 0,
+        received: Nodes = NOBODY,
+    ) -> RoundId:
         """A round in a phase: Uploading with everybody ready, if none is given."""
         now = datetime.now(UTC)
         phase = phase or Uploading(
@@ -304,6 +310,7 @@ class Door:
             closes_at=now + timedelta(hours=1),
             attempt=1,
             ready=frozenset(plan.roster_ids),
+            received=received,
         )
         round_ = RoundId(plan.run_id, number)
         snapshot = self.snapshots[plan.run].to_bytes()
