@@ -244,18 +244,19 @@ def test_the_partner_of_a_suspended_member_reads_only_why(tmp_path):
 
 
 def test_an_admin_whose_key_changed_asks_again_with_the_new_one(tmp_path):
+    now = datetime.now(UTC).replace(microsecond=0)  # NOW is as old as the test run
     with served(tmp_path, governed=True) as door:
-        world = World(now=NOW - timedelta(minutes=9))
+        world = World(now=now - timedelta(minutes=9))
         world.found_at(door, others=OTHERS)
         old = certified(door, "ana", "admin")
         old.admin.ListRuns(LIST, timeout=10)
-        world.now = NOW + timedelta(minutes=9)
+        world.now = now + timedelta(minutes=9)
         fresh = card("ana-2", "ar-univ-1", "AR")
         holder = card("ana", "ar-univ-1", "AR")
         value = holder.model_copy(update={"key": {**fresh.key, "x-minga-holder":
                                                   holder.key["x-minga-holder"]}})  # fmt: skip
         request = propose_rotation(world.base(), add=[value], remove=["ana"])
-        world.now = NOW
+        world.now = now
         keys = {"ana-2": value.public}
         world.enact_at(door, request, ["ana", "bruno", "ana-2"], keys)
         said = trust_refusal("trust.expired", lambda: old.admin.ListRuns(LIST, timeout=10))

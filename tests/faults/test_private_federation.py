@@ -220,12 +220,13 @@ def test_a_site_without_a_budget_declines_and_one_that_gives_it_takes_part(feder
     with federation.history(run) as history:
         entry = federation.entries(history, lambda entry: "privacy.dataset" in entry.why)
     assert "letters" in entry.why
+    report = federation.wait(run)  # every round of it ends like the first one
+    assert report.status == "failed"
     home = folder(federation, "node-1")
     said = declined(federation, entry.node)
     assert "privacy.dataset" in said["agent"]["runs"][-1]["declined"]
     assert [line["dataset"] for line in said["privacy"]] == ["default"]
 
-    federation.client.stop(run, "nobody may take part")
     lines = ('dataset = "letters"', 'unit = "institution"', "epsilon = 30.0", "delta = 1e-4")
     budget = ("[limits]", "\n".join(("[[privacy.budget]]", *lines, "", "[limits]")))
     for site in federation.sites:

@@ -215,14 +215,16 @@ class Player:
         oracle.check_models()
 
     async def confirmed(self) -> None:
-        """Everybody who was counted says what it derived."""
+        """Everybody who was counted says what it derived; not for a round that was over, and the
+        next one as well, before it was back from the dead: it is shown the last one only."""
+        released = [row for row in self.oracle.rows if row.released]
         for _ in range(40):
             waits = [
                 (name, row.round)
-                for row in self.oracle.rows
-                if row.released
+                for row in released
                 for name in row.phase.survivors  # type: ignore[union-attr]
                 if not self._answered(name, row.round)
+                and (row is released[-1] or not self._may_have_missed(name, row.round))
             ]
             if not waits:
                 return
@@ -233,6 +235,12 @@ class Player:
         site = self.world.nodes[name].site
         record = site.journal.confirm(round_) if site is not None else None
         return record is not None and record.answered
+
+    def _may_have_missed(self, name: str, round_: Any) -> bool:
+        """Whether it was down at some time and computed nothing for the round."""
+        site = self.world.nodes[name].site
+        died = any(process.dead for process in self.world.processes if process.name == name)
+        return died and site is not None and site.journal.confirm(round_) is None
 
     def _waits_for_people(self) -> bool:
         """Whether somebody failed closed, as it must: no more is asked then."""
