@@ -218,6 +218,10 @@ ELSEWHERE: Final[dict[str, str]] = {
     "file:node_agent.models.Models.obtain#link": "files that two models share",
     "file:node_agent.spool.write_job#": "real training; tests/faults/test_launcher_local.py",
     "file:node_agent.trust.": "what admins signed; tests/faults/test_governed_federation.py",
+    "file:node_agent.flower_state.save#": (
+        "the state of a Flower client, whole or absent; tests/conformance"
+    ),
+    "file:node_agent.worker.init_model.write_model#": "a model to start from, made by hand",
     "file:node_agent.witness.write_key#": "`node join`, run by hand; may be repeated",
     "sql:node_agent.journal.Journal.stop_run": "a node that stops for good; tests/attacks",
     "sql:node_agent.log_store.LogStore.clear_alarms": "a person, by hand; tests/attacks",
@@ -232,13 +236,10 @@ ELSEWHERE: Final[dict[str, str]] = {
 # Points that `make faults` can visit and that its last run, where it was cut short, did not come
 # to: a debt. An entry that was visited meanwhile fails the test.
 NOT_YET: Final[frozenset[str]] = frozenset()
-WORKER: Final = "the worker: tests/faults/test_launcher_local.py and test_demo_kill.py"
 
 
 def reason_elsewhere(point: str) -> str:
     """Why the matrix does not visit a point; empty: it must."""
-    if point in commit_points("worker"):
-        return WORKER
     return next((why for name, why in ELSEWHERE.items() if names(name, point)), "")
 
 

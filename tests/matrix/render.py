@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from tests.matrix.points import ELSEWHERE, NOT_YET, WORKER, Part, commit_points
+from tests.matrix.points import ELSEWHERE, NOT_YET, Part, commit_points
 
 ROOT: Final = Path(__file__).parents[2]
 OUT: Final = ROOT / "build" / "faults"
@@ -40,6 +40,8 @@ What the words mean:
 - *Clock off by.* Of one party alone, and then right again. Cosignatures from more than five minutes
   ahead are not taken, so rounds wait as long as a witness is ahead of the coordinator, whoever of
   them is wrong, and go on when the clock is right. *Clock jumps by* stays, and adds up.
+- *Worker.* The real one with a small Llama, under an agent's launcher, a job for each kill; what is
+  compared is what it hands over, bit for bit. Its time to go on holds the import of torch.
 - *Cases stand alone.* Before each a whole run has to end, so that everybody is back. An older page
   had 43 s for a clock jump in Open: that was a node, killed by the case before, that was still
   starting; with the run in between it takes as long as in other phases.
@@ -230,7 +232,7 @@ def _points(rows: Iterable[dict[str, Any]]) -> list[str]:
         ),
         "",
     ]
-    parts: tuple[Part, ...] = ("coordinator", "node")
+    parts: tuple[Part, ...] = ("coordinator", "node", "worker")
     for part in parts:
         lines += [
             f"### {part}",
@@ -256,6 +258,5 @@ def _elsewhere() -> list[str]:
         "|---|---|",
     ]
     lines += [f"| `{name}` | {why} |" for name, why in sorted(ELSEWHERE.items())]
-    lines += [f"| `{name}` | {WORKER} |" for name in sorted(commit_points("worker"))]
     lines += [f"| `{name}` | {_DEBT} |" for name in sorted(NOT_YET)]
     return [*lines, ""]

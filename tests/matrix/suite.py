@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from tests.matrix import interfaces, troubles
+from tests.matrix import interfaces, troubles, workers
 from tests.matrix.cases import Bench, Database, Mode, Row, bench
 from tests.matrix.errands import run_errands
 from tests.matrix.kills import Storm
@@ -46,6 +46,11 @@ def kills(part: Part) -> Play:
         return Storm(made, part).play(instants(part), errands)
 
     return play
+
+
+def kill_a_worker(made: Bench) -> tuple[list[Row], frozenset[str]]:
+    """The same for the worker of a site."""
+    return workers.kill_worker(made, instants("worker"))
 
 
 def trouble(make: Callable[[Bench], troubles.Trouble]) -> Play:
@@ -136,7 +141,7 @@ GROUPS: Final[dict[tuple[Database, Mode, str], dict[str, Play]]] = {
     ("postgresql", "aggregate-only", "main"): KILLS | DATABASE | CLOCK | UPGRADE,
     ("postgresql", "aggregate-only", "two"): {"two-coordinators": two},
     ("sqlite", "aggregate-only", "disk"): {"disk-full": disk},
-    ("sqlite", "open", "main"): KILLS,
+    ("sqlite", "open", "main"): KILLS | {"kill-worker": kill_a_worker},
     ("postgresql", "open", "main"): KILLS | DATABASE,
 }
 

@@ -17,7 +17,7 @@ from tests.matrix.points import (
 from tests.matrix.render import FACTS, PAGE, page, read_facts, rows_of
 
 pytestmark = pytest.mark.skipif(not FACTS.exists(), reason="`make faults` has not run yet")
-PARTS = ("coordinator", "node")
+PARTS = ("coordinator", "node", "worker")
 HOW = "run `make faults` (see tests/matrix/__main__.py), or say in ELSEWHERE why it is not visited"
 
 
