@@ -200,9 +200,7 @@ def test_a_certificate_is_renewed_with_a_new_key(door):
 class Upload:
     """A vector of node a for the round in ``door``."""
 
-    def __init__(
-        self, door, coordinates=4_000_000, fill=b"\x05", run="r1", received=(), **changes
-    ):
+    def __init__(self, door, coordinates=4_000_000, fill=b"\x05", run="r1", received=(), **changes):
         self.plan = door.make_run(run, coordinates=coordinates, **changes)
         self.round = door.open_round(self.plan, received=frozenset(map(NodeId, received)))
         self.layout = door.parts.layouts.of(self.plan, 0)

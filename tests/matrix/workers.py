@@ -1,9 +1,10 @@
 """Kills of the training worker at every commit point, one job for each.
 
 The worker is the real one, resident under the launcher that an agent uses, with a small Llama and
-real text; the launcher starts it again after each kill. There is no federation around it: how an
-update is rounded is drawn anew in every run, so what is compared is what the worker hands over, bit
-for bit. That a round goes on around a dead worker is in ``tests/faults/test_launcher_local.py``.
+real text, through the rounds of a run; the launcher starts it again after each kill. There is no
+federation around it: how an update is rounded is drawn anew in every run, so what is compared is
+what the worker hands over, bit for bit. That a round goes on around a dead worker is in
+``tests/faults/test_launcher_local.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from node_agent.client import Backoff
 from node_agent.config import WorkerConfig
@@ -34,21 +36,34 @@ CONFIG = WorkerConfig(device="cpu", threads=1, checkpoint_every_s=0.001)  # afte
 def kill_worker(made: Bench, instants: frozenset[str]) -> tuple[list[Row], frozenset[str]]:
     """Visit instants; what came of each, and those that nothing came to."""
     folder = made.running.folder / "worker"
-    site = make_site(folder, local_step={"max_steps": STEPS}, evaluation={"languages": ["es"]})
-    faults = folder / "faults"
+    step: dict[str, Any] = {"max_steps": STEPS}
+    undisturbed, site = (
+        make_site(folder / name, local_step=step, evaluation={"languages": ["es"]})
+        for name in ("undisturbed", "killed")
+    )
     rows: list[Row] = []
-    asyncio.run(_jobs(site, faults, sorted(instants), rows.append))
+    asyncio.run(_jobs(undisturbed, site, folder / "faults", sorted(instants), rows.append))
     return rows, instants - {row.point for row in rows}
 
 
 async def _jobs(
-    site: Site, faults: Path, instants: list[str], found: Callable[[Row], None]
+    undisturbed: Site,
+    site: Site,
+    faults: Path,
+    instants: list[str],
+    found: Callable[[Row], None],
 ) -> None:
+    """The rounds of one run: each goes on where the one before stopped in the text."""
+    write_points(faults, [])
+    launcher = _launcher(undisturbed.spool, faults)
+    try:
+        rounds = range(len(instants))
+        expected = [await _handed_over(launcher, undisturbed, undisturbed.job(n)) for n in rounds]
+    finally:
+        await launcher.close()
     launcher = _launcher(site.spool, faults)
     try:
-        write_points(faults, [])
-        wanted = await _handed_over(launcher, site, site.job(0))
-        for number, instant in enumerate(instants, start=1):
+        for number, (instant, wanted) in enumerate(zip(instants, expected, strict=True)):
             await launcher.close()  # the next worker is told where to die
             write_points(faults, [instant])
             said = await _handed_over(launcher, site, site.job(number))
