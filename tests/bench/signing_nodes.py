@@ -137,10 +137,13 @@ class SigningNode(LightNode):
 def asked(store: LogStore) -> Any:
     """What stands in for ``enrol._asked``: a request of a node that is no witness."""
 
-    def ask(_: Any, key: Ed25519PrivateKey, node: NodeId, csr: bytes) -> bytes:
+    def ask(
+        _: Any, key: Ed25519PrivateKey, invitation: Invitation, csr: bytes, approval: bytes
+    ) -> bytes:
+        node = invitation.institution
         spki = spki_digest(x509.load_der_x509_csr(csr))
         return node_log.enrol_leaf(
-            store, key=key, node=node, csr=csr, spki=spki, witness=None
+            store, key=key, node=node, csr=csr, spki=spki, witness=None, approval=approval
         ).entry
 
     return ask
