@@ -12,6 +12,7 @@ from tests.bench.load import (
     attack_rows,
     poll_rows,
     slope,
+    soak,
     soak_rows,
 )
 from tests.bench.pollers import quantiles
@@ -90,3 +91,14 @@ def test_rows_of_the_attack():
     one = {"seconds": 2.0, "peak_rss_mb": 100.0, "files": 5}
     found = attack_rows({"quiet": one, "attacked": one, "counts": {"joins": {"OK": 3}}})
     assert "3 of them joins" in found[1]["note"]
+
+
+@pytest.mark.slow
+def test_the_soak_itself_still_plays(tmp_path):
+    """A few rounds with a real coordinator and its log: a benchmark nobody runs is soon broken."""
+    found = soak(nodes=3, rounds=5, params=1000, work=tmp_path)
+    said = {row["what"].partition(": ")[2]: row["ours"] for row in found}
+    assert found[0]["what"].startswith("soak, 3 nodes, 5 rounds of 1000 parameters")
+    assert float(said["seconds of a round"].split()[0]) > 0
+    assert float(said["log added by a round"].split()[0]) > 0
+    assert int(said["open files at most"]) > 10
