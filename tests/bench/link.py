@@ -29,26 +29,31 @@ from tests.bench.processes import MB, Stage
 from tests.bench.rows import OURS, RAW_TLS, Row, Spread
 
 DELAY_S, BITS_PER_S = 0.05, 1e9  # one way; each direction
-BYTES = 256 * 2**20
-WORK = "transfer over 100 ms and 1 Gb/s, one node, {way}"
+SIZES = (256 * 2**20, 2**30)  # the longer one shows the rate, the shorter one also the beginning
+WORK = "transfer of {mib} MiB over 100 ms and 1 Gb/s, one node, {way}"
 DEFAULTS = "gRPC with default windows, as Flower's"
 _PART = 20 * 2**20  # bytes of one unary message
 _PORT = 8443
 
 
 def rows(*, repetitions: int, work: Path | None = None) -> Iterator[Row]:
-    """Floor, ours, gRPC as it is, and the floor again."""
+    """Of each size: floor, ours, gRPC as it is, and the floor again."""
     why = netlink.unavailable()
-    if why is not None:
+    for size in SIZES:
+        if why is None:
+            yield from _rows(size, repetitions=repetitions, work=work)
+            continue
         for way in ("up", "down"):
-            yield Row(what=WORK.format(way=way), system=OURS, skipped=why)
-        return
+            yield Row(what=WORK.format(way=way, mib=size >> 20), system=OURS, skipped=why)
+
+
+def _rows(size: int, *, repetitions: int, work: Path | None) -> Iterator[Row]:
     with netlink.Link(delay_s=DELAY_S, bits_per_s=BITS_PER_S) as link:
         half = max(1, repetitions // 2)
-        before = _floor(link, half, work)
-        ours = _ours(link, repetitions, work)
-        plain = _defaults(link, half, work)
-        after = _floor(link, half, work)
+        before = _floor(link, size, half, work)
+        ours = _ours(link, size, repetitions, work)
+        plain = _defaults(link, size, half, work)
+        after = _floor(link, size, half, work)
     for way in ("up", "down"):
         for system, speeds, note in (
             (RAW_TLS, before[way] + after[way], "one TLS connection; nothing is stored"),
@@ -56,11 +61,11 @@ def rows(*, repetitions: int, work: Path | None = None) -> Iterator[Row]:
             (DEFAULTS, plain[way], "unary messages of 20 MiB, one after the other"),
         ):
             yield Row(
-                what=WORK.format(way=way),
+                what=WORK.format(way=way, mib=size >> 20),
                 system=system,
                 nodes=1,
                 mb_per_s=Spread.of(speeds),
-                bytes_per_node={way: BYTES},
+                bytes_per_node={way: size},
                 note=note,
             )
 
@@ -68,18 +73,18 @@ def rows(*, repetitions: int, work: Path | None = None) -> Iterator[Row]:
 Speeds = dict[str, list[float]]  # way -> MB/s of each repetition
 
 
-def _floor(link: netlink.Link, repetitions: int, work: Path | None) -> Speeds:
+def _floor(link: netlink.Link, size: int, repetitions: int, work: Path | None) -> Speeds:
     ends = {"server": link.near, "client": link.far}
     with tempfile.TemporaryDirectory(prefix="minga-link-", dir=work) as folder:
         times = floor.measure(
-            nodes=1, up=BYTES, down=BYTES, disk=False, repetitions=repetitions + 1,
-            folder=Path(folder), timeout_s=120 + 30 * (repetitions + 1), host=netlink.NEAR,
+            nodes=1, up=size, down=size, disk=False, repetitions=repetitions + 1,
+            folder=Path(folder), timeout_s=120 + 60 * (repetitions + 1), host=netlink.NEAR,
             place=lambda role, argv: link.inside(ends[role], argv),
         )  # fmt: skip
-    return {way: [BYTES / line[f"{way}_s"] / MB for line in times[1:]] for way in ("up", "down")}
+    return {way: [size / line[f"{way}_s"] / MB for line in times[1:]] for way in ("up", "down")}
 
 
-def _ours(link: netlink.Link, repetitions: int, work: Path | None) -> Speeds:
+def _ours(link: netlink.Link, size: int, repetitions: int, work: Path | None) -> Speeds:
     with (
         tempfile.TemporaryDirectory(prefix="minga-link-", dir=work) as folder,
         Stage(folder=Path(folder) / "logs") as stage,
@@ -94,10 +99,10 @@ def _ours(link: netlink.Link, repetitions: int, work: Path | None) -> Speeds:
         stage.run("init", init, timeout_s=90)
         serve = link.inside(link.near, [*minga, "serve", "--dir", str(place)])
         stage.start("coordinator", serve, role="server")
-        return _client(link, stage, ["ours", str(place), folder, str(repetitions)])
+        return _client(link, stage, ["ours", str(place), folder, str(repetitions), str(size)])
 
 
-def _defaults(link: netlink.Link, repetitions: int, work: Path | None) -> Speeds:
+def _defaults(link: netlink.Link, size: int, repetitions: int, work: Path | None) -> Speeds:
     with (
         tempfile.TemporaryDirectory(prefix="minga-link-", dir=work) as folder,
         Stage(folder=Path(folder) / "logs") as stage,
@@ -105,7 +110,7 @@ def _defaults(link: netlink.Link, repetitions: int, work: Path | None) -> Speeds
         make_identities(Path(folder) / "tls", ["server", "node-0"], now=datetime.now(UTC))
         me = [sys.executable, "-m", "tests.bench.link", "grpc-server", folder]
         stage.start("server", link.inside(link.near, me), role="server")
-        return _client(link, stage, ["grpc-client", folder, str(repetitions)])
+        return _client(link, stage, ["grpc-client", folder, str(repetitions), str(size)])
 
 
 def _client(link: netlink.Link, stage: Stage, words: list[str]) -> Speeds:
@@ -143,7 +148,7 @@ def _grpc_server(folder: Path) -> None:
     server.wait_for_termination()
 
 
-def _grpc_client(folder: Path, repetitions: int) -> Speeds:
+def _grpc_client(folder: Path, repetitions: int, total: int) -> Speeds:
     root = (folder / "tls" / "ca.pem").read_bytes()
     options = (*_SIZES, ("grpc.ssl_target_name_override", "localhost"))
     speeds: Speeds = {"up": [], "down": []}
@@ -152,7 +157,7 @@ def _grpc_client(folder: Path, repetitions: int) -> Speeds:
     ) as channel:
         grpc.channel_ready_future(channel).result(timeout=60)
         push, pull = channel.unary_unary("/bench/Push"), channel.unary_unary("/bench/Pull")
-        parts = [min(_PART, BYTES - at) for at in range(0, BYTES, _PART)]
+        parts = [min(_PART, total - at) for at in range(0, total, _PART)]
         for _ in range(repetitions + 1):
             for way in ("up", "down"):
                 begun = time.perf_counter()
@@ -161,7 +166,7 @@ def _grpc_client(folder: Path, repetitions: int) -> Speeds:
                         push(bytes(size))
                     else:
                         pull(size.to_bytes(8, "big"))
-                speeds[way].append(BYTES / (time.perf_counter() - begun) / MB)
+                speeds[way].append(total / (time.perf_counter() - begun) / MB)
     return {way: found[1:] for way, found in speeds.items()}
 
 
@@ -169,11 +174,11 @@ def _main(what: str, *words: str) -> None:
     match what, words:
         case "grpc-server", (folder,):
             _grpc_server(Path(folder))
-        case "grpc-client", (folder, repetitions):
-            print(json.dumps(_grpc_client(Path(folder), int(repetitions))))
-        case "ours", (place, folder, repetitions):
+        case "grpc-client", (folder, repetitions, size):
+            print(json.dumps(_grpc_client(Path(folder), int(repetitions), int(size))))
+        case "ours", (place, folder, repetitions, size):
             operator = find_operator(folder=Path(place), config=None, environment={})
-            found = asyncio.run(transfers(operator, Path(folder), int(repetitions), BYTES))
+            found = asyncio.run(transfers(operator, Path(folder), int(repetitions), int(size)))
             print(json.dumps({way: speeds[1:] for way, speeds in found.items()}))
         case _:
             raise SystemExit("see the module's text")
