@@ -148,6 +148,14 @@ def row(what: str, ours: str, *, target: str = "", met: bool | None = None, note
 
 def soak(*, nodes: int, rounds: int, params: int, work: Path | None) -> list[Any]:
     """Short rounds of light nodes with a round log; what each adds."""
+    watch, opened = play_soak(nodes=nodes, rounds=rounds, params=params, work=work)
+    return soak_rows(watch, opened, nodes=nodes, params=params)
+
+
+def play_soak(
+    *, nodes: int, rounds: int, params: int, work: Path | None
+) -> tuple[Watch, list[float]]:
+    """The samples of a soak, and the moments at which its rounds were opened."""
     with (
         tempfile.TemporaryDirectory(prefix="minga-soak-", dir=work) as temporary,
         Stage(folder=Path(temporary) / "logs") as stage,
@@ -172,8 +180,7 @@ def soak(*, nodes: int, rounds: int, params: int, work: Path | None) -> list[Any
         with Watch(process.pid, federation.folder) as watch:
             federation.submit(played, names)
             facts = federation.wait_until_done(played, {"coordinator": process}, ends=players)
-    opened = [entry.times[0].entered_at_ms / 1000 for entry in facts.rounds]
-    return soak_rows(watch, opened, nodes=nodes, params=params)
+    return watch, [entry.times[0].entered_at_ms / 1000 for entry in facts.rounds]
 
 
 def soak_rows(watch: Watch, opened: Sequence[float], *, nodes: int, params: int) -> list[Any]:

@@ -10,9 +10,9 @@ from tests.bench.load import (
     Watch,
     at_round,
     attack_rows,
+    play_soak,
     poll_rows,
     slope,
-    soak,
     soak_rows,
 )
 from tests.bench.pollers import quantiles
@@ -96,9 +96,7 @@ def test_rows_of_the_attack():
 @pytest.mark.slow
 def test_the_soak_itself_still_plays(tmp_path):
     """A few rounds with a real coordinator and its log: a benchmark nobody runs is soon broken."""
-    found = soak(nodes=3, rounds=5, params=1000, work=tmp_path)
-    said = {row["what"].partition(": ")[2]: row["ours"] for row in found}
-    assert found[0]["what"].startswith("soak, 3 nodes, 5 rounds of 1000 parameters")
-    assert float(said["seconds of a round"].split()[0]) > 0
-    assert float(said["log added by a round"].split()[0]) > 0
-    assert int(said["open files at most"]) > 10
+    watch, opened = play_soak(nodes=3, rounds=5, params=1000, work=tmp_path)
+    assert len(opened) == 5
+    assert opened == sorted(set(opened))
+    assert all(sample.rss_mb > 20 for sample in watch.samples)
