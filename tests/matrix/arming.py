@@ -30,7 +30,7 @@ _OURS: Final = ("coordinator.", "node_agent.")
 HOUSEKEEPING: Final = frozenset(
     {"tx:open", "tx:take_lease", "tx:renew_lease", "tx:release_lease", "tx:log_state"}
     | {"tx:progress", "tx:heartbeat", "tx:traffic", "tx:close_rounds"}
-    | {"file:node_agent.resident.serve#replace", "file:node_agent.resident.serve#atomic_write"}
+    | {"file:node_agent.resident.serve#atomic_write"}  # that it is ready
     | {"sql:node_agent.journal.Journal.note", "sql:node_agent.log_store.LogStore.accept"}
 )
 _LOG_FILES: Final = "file:coordinator.log_files."  # the head is signed again after a start
