@@ -140,7 +140,8 @@ def _head(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{len(rows)} faults were made to happen in a federation of real processes (three"
             " nodes, mutual TLS, round log with all nodes as witnesses; masked sums with every node"
             " needed, and open sums; those of the worker under its launcher alone). After each, the"
-            " run had to end with the very digests of the undisturbed run, every survivor counted once, every node confirming the same model:"
+            " run had to end with the very digests of the undisturbed run, every survivor counted"
+            " once, every node confirming the same model:"
             f" **{same} of {len(rows)}** did. Last run {newest}, {total // 60} minutes on"
             f" {facts['cores']} cores{_beside(facts)}."
         ),
