@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from coordinator.ledger import Ledger, RoundRow, RunRow, Tx
 from policies.audit.replay import Replay, peek
-from policies.audit.rounds import RoundState
+from policies.audit.rounds import RoundState, Verdict
 from protocols.canonical import parse_canonical, sha256_hex
 from protocols.crypto.identity import spki_digest
 from protocols.errors import (
@@ -200,12 +200,12 @@ def _survivors(round_id: RoundId, number: int, survivors: Iterable[NodeId]) -> M
         commits = {node: attempt.commits[node] for node in nodes}
         return kinds.RoundSurvivors(
             attempt=number,
-            ctx=next((each.said.ctx for each in commits.values()), None),
+            ctx=next((each.ctx for each in commits.values()), None),
             survivors=tuple(
-                kinds.Survivor(node=node, leaf=each.index, upload_root=each.said.upload_root)
+                kinds.Survivor(node=node, leaf=each.index, upload_root=each.upload_root)
                 for node, each in commits.items()
             ),
-            dropped=_dropped(state, set(nodes), attempt.said.ready),
+            dropped=_dropped(state, set(nodes), attempt.ready),
         )
 
     return _made(round_id, make)
@@ -214,7 +214,7 @@ def _survivors(round_id: RoundId, number: int, survivors: Iterable[NodeId]) -> M
 def _dropped(
     state: RoundState, survivors: Set[str], ready: tuple[str, ...]
 ) -> tuple[kinds.Dropped, ...]:
-    first = state.attempts[0].said.ready
+    first = state.attempts[0].ready
     lost = []
     for node in sorted(state.joins.keys() - survivors):
         phase, code = ("Uploading", "late")
@@ -275,16 +275,15 @@ def say_aggregate(
             raise NotListedError(f"the survivors of round {round_id} are not logged")
         if found.aggregate is not None:
             return None  # recorded before
-        included = tuple(each.node for each in found.survivors.survivors)
         return kinds.RoundAggregate(
             attempt=attempt,
-            included=included,
-            dropped=found.survivors.dropped,
+            included=found.survivors,
+            dropped=found.dropped,
             commit_certificate_sha256=certificate_sha256,
             transcript_sha256=transcript_sha256,
             transcript_blob=transcript_blob,
             sum_blob=sum_blob,
-            survivors=len(included),
+            survivors=len(found.survivors),
             t=plan.secagg.threshold if plan.secagg else max(1, plan.min_participants),
             model_out=model_out,
             norm_micro=math.ceil(min(norm, 9e9) * 1e6) if math.isfinite(norm) else None,
@@ -306,9 +305,7 @@ def say_closed(
             return None
         if not even_if_silent and not set(attempt.aggregate.included) <= attempt.verdicts.keys():
             return None
-        confirmed = {
-            node for node, said in attempt.verdicts.items() if isinstance(said, kinds.RoundConfirm)
-        }
+        confirmed = {node for node, said in attempt.verdicts.items() if said is Verdict.CONFIRM}
         return kinds.RoundClosed(
             attempt=attempt.number,
             confirmations=tuple(sorted(confirmed)),

@@ -171,8 +171,8 @@ def _participation(evidence: Evidence) -> Iterable[Sequence[object]]:
                 node,
                 answer,
                 "yes" if said and node in said.included else "no",
-                " ".join(declined.rules) if declined else lost.get(node),
-                verdict.KIND.removeprefix("round.") if verdict else None,
+                " ".join(declined) if declined else lost.get(node),
+                verdict.value if verdict else None,
             )
 
 

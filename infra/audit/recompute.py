@@ -232,8 +232,8 @@ class Recomputer:
         self, round_: RoundId, attempt: AttemptState, stack: ExitStack
     ) -> dict[NodeId, Reader]:
         found: dict[NodeId, Reader] = {}
-        for survivor in attempt.survivors.survivors if attempt.survivors else ():
-            node, root = NodeId(survivor.node), Digest(survivor.upload_root)
+        for name in attempt.survivors or ():
+            node, root = NodeId(name), Digest(attempt.commits[name].upload_root)
             path = self._blobs.path(root)
             if not path.exists() and self._uploads is not None:
                 path = upload_file(self._uploads, round_, attempt.number, node)

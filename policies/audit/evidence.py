@@ -100,7 +100,7 @@ def released(state: RoundState) -> AttemptState | None:
 
 def ended(state: RoundState) -> bool:
     """Whether nothing of the round may follow but verdicts."""
-    return state.ended is not None or any(a.closed is not None for a in state.attempts)
+    return state.ended is not None or any(a.closed_at is not None for a in state.attempts)
 
 
 def gather(

@@ -157,7 +157,7 @@ def _start(state: RoundState, shown: StartShown) -> Gate:
     found = _attempt(state, shown.attempt)
     if not isinstance(found, AttemptState):
         return found
-    if frozenset(found.said.ready) != shown.ready:
+    if frozenset(found.ready) != shown.ready:
         return Stops("log.ready", "the log names another ready set")
     return Passed()
 
@@ -168,10 +168,11 @@ def _survivors(state: RoundState, shown: SurvivorsShown) -> Gate:
         return found
     if found.survivors is None:
         return Waits(f"the survivors of attempt {shown.attempt} are not in the witnessed log yet")
-    listed = {each.node: each.upload_root for each in found.survivors.survivors}
-    if frozenset(listed) != shown.survivors:
+    if frozenset(found.survivors) != shown.survivors:
         return Stops("log.survivors", "the log names other survivors")
-    if shown.node in listed and listed[shown.node] != shown.upload_root:
+    if shown.node in found.survivors and (
+        found.commits[shown.node].upload_root != shown.upload_root
+    ):
         return Stops("log.survivors", "the log lists this node with another update")
     return Passed()
 

@@ -10,7 +10,7 @@ from policies.audit.certificates import abort_certificate
 from policies.audit.evidence import Evidence, ended, released
 from policies.audit.records import Record, Result
 from policies.audit.replay import Taken
-from policies.audit.rounds import AttemptState, RoundState
+from policies.audit.rounds import AttemptState, RoundState, Verdict
 from protocols.canonical import sha256_hex
 from protocols.errors import FederationError
 from protocols.identifiers import Digest, RoundId
@@ -20,7 +20,6 @@ from protocols.secagg.messages import Transcript
 from protocols.secagg.verify import Verified, verify_transcript
 from protocols.tlog.kinds import (
     ObjectionResolved,
-    RoundConfirm,
     RoundDecline,
     RoundObjection,
     parse_round_subject,
@@ -90,7 +89,7 @@ def q05_models(evidence: Evidence) -> Iterator[Record]:
         else:
             out = attempt.aggregate.model_out
             leaves = (state.plan_at, attempt.aggregate_at or state.plan_at)
-            agree = [n for n, v in attempt.verdicts.items() if isinstance(v, RoundConfirm)]
+            agree = [n for n, v in attempt.verdicts.items() if v is Verdict.CONFIRM]
             reason = f"from {state.plan.model_in[:12]}… to {out[:12]}…, computed by {_names(agree)}"
             result = Result.PASS if agree else Result.UNKNOWN
             yield _record("5", round_, result, leaves, reason)
@@ -138,7 +137,7 @@ def q09_dropped_or_refused(evidence: Evidence) -> Iterator[Record]:
         _, about = parse_round_subject(taken.statement.subject)
         declined.setdefault(about, []).append(taken.index)
     for round_, state in evidence.rounds.items():
-        parts = [f"{n} declined: {', '.join(d.rules)}" for n, d in sorted(state.declines.items())]
+        parts = [f"{n} declined: {', '.join(rules)}" for n, rules in sorted(state.declines.items())]
         attempt = released(state)
         leaves = list(declined.get(round_, ()))
         if attempt is not None and attempt.aggregate is not None:
@@ -200,13 +199,13 @@ def transcript_of(
 def _differs(state: RoundState, attempt: AttemptState, verified: Verified) -> str:
     """What the transcript says otherwise than the leaves; empty where they agree."""
     agreed = verified.listed.agreed
-    if tuple(agreed.started.readys) != attempt.said.ready:
+    if tuple(agreed.started.readys) != attempt.ready:
         return "the transcript starts with another ready set than its leaf"
-    if agreed.started.ctx_deal != attempt.said.ctx_deal:
+    if agreed.started.ctx_deal != attempt.ctx_deal:
         return "the transcript deals in another context than its leaf"
     for node, header in verified.listed.headers.items():
         commit = attempt.commits.get(node)
-        if commit is None or (commit.said.upload_root, commit.said.ctx, commit.said.bytes) != (
+        if commit is None or (commit.upload_root, commit.ctx, commit.length) != (
             header.upload_root,
             header.ctx,
             header.length,

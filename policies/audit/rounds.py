@@ -6,21 +6,24 @@
                                         (then start(2), unless burned)
 
 ``after`` takes the state of a round and a leaf, and gives the next state or refuses. Sequencer,
-node and auditor use the same function. A join or an update that its node signed in time and that
-reached the log too late stands there without effect: a signer's chain has no holes, so it must
-stand somewhere. Normative text: protocols/spec/log.md, section 12.
+node and auditor use the same function. The state holds what the rules ask for and not the leaves:
+coordinator and nodes keep it in memory for every round of the log. A join or an update that its
+node signed in time and that reached the log too late stands there without effect: a signer's
+chain has no holes, so it must stand somewhere. Normative text: protocols/spec/log.md, section 12.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
 from protocols.errors import IntegrityError
 from protocols.identifiers import Digest
 from protocols.tlog.kinds import (
+    Dropped,
     Predicate,
     RoundAborted,
     RoundAggregate,
@@ -55,7 +58,16 @@ class Committed:
 
     index: int
     leaf: Digest
-    said: UpdateCommit
+    ctx: str | None  # None: an open sum
+    upload_root: str
+    length: int  # of the upload, bytes
+
+
+class Verdict(StrEnum):
+    """What a node says about a result."""
+
+    CONFIRM = "confirm"
+    OBJECTION = "objection"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +76,22 @@ class AttemptState:
 
     number: int
     start: int  # index of round.start
-    said: RoundStart
+    ready: tuple[str, ...]
+    ctx_deal: str | None  # None: an open sum
     commits: Mapping[str, Committed] = field(default_factory=dict)
     survivors_at: int | None = None  # index of round.survivors
-    survivors: RoundSurvivors | None = None
+    survivors: tuple[str, ...] | None = None  # ascending; their uploads are those of ``commits``
+    dropped: tuple[Dropped, ...] = ()  # of those who joined, as the survivor list says
     aggregate_at: int | None = None
     aggregate: RoundAggregate | None = None
-    verdicts: Mapping[str, RoundConfirm | RoundObjection] = field(default_factory=dict)
-    closed: RoundClosed | None = None
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    closed_at: int | None = None
     aborted: RoundAborted | None = None
 
     @property
     def over(self) -> bool:
         """Whether its terminal leaf is in the log."""
-        return self.closed is not None or self.aborted is not None
+        return self.closed_at is not None or self.aborted is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +103,7 @@ class RoundState:
     plan_sha256: Digest
     plan: RoundPlan
     joins: Mapping[str, int] = field(default_factory=dict)  # index of each round.join
-    declines: Mapping[str, RoundDecline] = field(default_factory=dict)
+    declines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # the rules named
     attempts: tuple[AttemptState, ...] = ()
     ended: RoundAborted | None = None  # before any attempt, or burned: nothing may follow
     late: Mapping[str, int] = field(default_factory=dict)  # index of each leaf that came too late
@@ -143,7 +157,7 @@ def after(state: RoundState, said: Predicate, *, index: int, leaf: Digest) -> Ro
         case RoundConfirm() | RoundObjection():
             return _verdict(state, said)
         case RoundClosed():
-            return _closed(state, said)
+            return _closed(state, said, index)
         case RoundAborted():
             return _aborted(state, said)
         case _:
@@ -190,7 +204,7 @@ def _join(state: RoundState, said: RoundJoin, index: int) -> RoundState:
 
 def _decline(state: RoundState, said: RoundDecline) -> RoundState:
     _same_plan(state, said)
-    return replace(state, declines=_with(state.declines, said.node, said))
+    return replace(state, declines=_with(state.declines, said.node, said.rules))
 
 
 def _start(state: RoundState, said: RoundStart, index: int) -> RoundState:
@@ -215,7 +229,7 @@ def _start(state: RoundState, said: RoundStart, index: int) -> RoundState:
         "log.ctx",
         "ctx_deal is given exactly in a secure sum",
     )
-    begun = AttemptState(number=said.attempt, start=index, said=said)
+    begun = AttemptState(number=said.attempt, start=index, ready=said.ready, ctx_deal=said.ctx_deal)
     return replace(state, attempts=(*state.attempts, begun))
 
 
@@ -233,7 +247,7 @@ def _put(state: RoundState, attempt: AttemptState) -> RoundState:
 
 def _commit(state: RoundState, said: UpdateCommit, index: int, leaf: Digest) -> RoundState:
     attempt = _current(state, said.attempt, "an update")
-    _need(said.node in attempt.said.ready, "log.ready", f"{said.node} is not in the ready set")
+    _need(said.node in attempt.ready, "log.ready", f"{said.node} is not in the ready set")
     _need(said.node not in attempt.commits, "log.second_commit", f"{said.node} committed before")
     secure = state.plan.secagg is not None
     _need(
@@ -243,7 +257,9 @@ def _commit(state: RoundState, said: UpdateCommit, index: int, leaf: Digest) -> 
     )
     if attempt.survivors is not None or attempt.over:
         return _too_late(state, said, index)
-    found = Committed(index=index, leaf=leaf, said=said)
+    found = Committed(
+        index=index, leaf=leaf, ctx=said.ctx, upload_root=said.upload_root, length=said.bytes
+    )
     return _put(state, replace(attempt, commits=_with(attempt.commits, said.node, found)))
 
 
@@ -259,19 +275,20 @@ def _survivors(state: RoundState, said: RoundSurvivors, index: int) -> RoundStat
         found = attempt.commits.get(survivor.node)
         _need(
             found is not None
-            and (found.index, found.said.upload_root) == (survivor.leaf, survivor.upload_root)
-            and found.said.ctx == said.ctx,
+            and (found.index, found.upload_root) == (survivor.leaf, survivor.upload_root)
+            and found.ctx == said.ctx,
             "log.survivors",
             f"{survivor.node} survives without that update.commit in the log",
         )
-    nodes = {survivor.node for survivor in said.survivors}
+    listed = tuple(survivor.node for survivor in said.survivors)
+    nodes = set(listed)
     dropped = {lost.node for lost in said.dropped}
     _need(
         not nodes & dropped and nodes | dropped == state.joins.keys(),
         "log.dropped",
         "survivors and dropped are not together those who joined",
     )
-    return _put(state, replace(attempt, survivors=said, survivors_at=index))
+    return _put(state, replace(attempt, survivors=listed, dropped=said.dropped, survivors_at=index))
 
 
 def _aggregate(state: RoundState, said: RoundAggregate, index: int) -> RoundState:
@@ -284,11 +301,11 @@ def _aggregate(state: RoundState, said: RoundAggregate, index: int) -> RoundStat
         f"a second result of attempt {said.attempt}",
     )
     _need(
-        said.included == tuple(s.node for s in attempt.survivors.survivors),
+        said.included == attempt.survivors,
         "log.included",
         "the sum is over others than the survivor list says",
     )
-    _need(said.dropped == attempt.survivors.dropped, "log.dropped", "the dropped nodes changed")
+    _need(said.dropped == attempt.dropped, "log.dropped", "the dropped nodes changed")
     secure = state.plan.secagg is not None
     given = (said.transcript_sha256, said.transcript_blob, said.commit_certificate_sha256)
     _need(
@@ -312,8 +329,9 @@ def _verdict(state: RoundState, said: RoundConfirm | RoundObjection) -> RoundSta
         raise LeafRefusedError("log.phase", f"a verdict of {said.node} before the result")
     _need(said.node in state.joins, "log.roster", f"{said.node} has not joined the round")
     _need(said.node not in attempt.verdicts, "log.second_verdict", f"{said.node} judged it before")
+    verdict = Verdict.OBJECTION
     if isinstance(said, RoundConfirm):
-        own = attempt.commits.get(said.node)
+        verdict, own = Verdict.CONFIRM, attempt.commits.get(said.node)
         _need(
             said.model_out == attempt.aggregate.model_out,
             "log.model_out",
@@ -324,21 +342,21 @@ def _verdict(state: RoundState, said: RoundConfirm | RoundObjection) -> RoundSta
             "log.own_commit",
             f"{said.node} confirms another update.commit than its own",
         )
-    return _put(state, replace(attempt, verdicts=_with(attempt.verdicts, said.node, said)))
+    return _put(state, replace(attempt, verdicts=_with(attempt.verdicts, said.node, verdict)))
 
 
-def _closed(state: RoundState, said: RoundClosed) -> RoundState:
+def _closed(state: RoundState, said: RoundClosed, index: int) -> RoundState:
     attempt = _current(state, said.attempt, "an end")
     _need(attempt.aggregate is not None, "log.phase", "an attempt is closed without a result")
     _need(not attempt.over, "log.second_end", f"attempt {said.attempt} ended before")
-    confirmed = {n for n, v in attempt.verdicts.items() if isinstance(v, RoundConfirm)}
+    confirmed = {n for n, v in attempt.verdicts.items() if v is Verdict.CONFIRM}
     objected = attempt.verdicts.keys() - confirmed
     _need(
         set(said.confirmations) == confirmed and set(said.objections) == objected,
         "log.verdicts",
         "round.closed lists other verdicts than the log holds",
     )
-    return _put(state, replace(attempt, closed=said))
+    return _put(state, replace(attempt, closed_at=index))
 
 
 def _aborted(state: RoundState, said: RoundAborted) -> RoundState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Final
 
@@ -38,7 +39,8 @@ def _origin(text: str) -> str:
 
 
 DigestText = Annotated[str, AfterValidator(parse_digest)]
-NodeName = Annotated[str, AfterValidator(parse_node_id)]
+# Every leaf names nodes: of each name one copy is kept, however long the log is.
+NodeName = Annotated[str, AfterValidator(parse_node_id), AfterValidator(sys.intern)]
 KeyText = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # a raw Ed25519 public key
 Code = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.:-]{0,63}$")]  # no prose
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]

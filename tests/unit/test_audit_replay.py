@@ -24,7 +24,7 @@ def test_a_whole_log_is_taken_and_has_its_root():
     assert state.root == tree_root([leaf_hash(entry) for entry in world.entries])
     (first, second) = state.rounds.values()
     assert [len(r.attempts) for r in (first, second)] == [1, 1]
-    assert first.attempts[0].closed is not None
+    assert first.attempts[0].closed_at is not None
     assert set(state.witnesses) == set(NODES)
 
 

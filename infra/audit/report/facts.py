@@ -120,7 +120,7 @@ def gather_facts(loaded: Loaded) -> Facts:
             if said is not None and node in said.included:
                 cell = Cell(state=IN_SUM)
             elif node in state.declines:
-                cell = Cell(state=DECLINED, detail=", ".join(state.declines[node].rules))
+                cell = Cell(state=DECLINED, detail=", ".join(state.declines[node]))
             elif node in lost:
                 cell = Cell(state=DROPPED, detail=lost[node])
             elif node in state.joins:
