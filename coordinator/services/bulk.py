@@ -187,7 +187,9 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
     ) -> bulk_pb2.Receipt:
         """Hand in a complete upload: the moment from which it counts."""
         node = await self._callers.node(context)
-        header, arriving = await self._find_upload(request.upload_id, node)
+        header, arriving, receipt = await self._find_upload(request.upload_id, node)
+        if receipt is not None:  # an answer was lost; the receipt is the same
+            return bulk_pb2.Receipt(receipt=receipt)
         durable = await self._spool.durable(arriving)
         now = self._clock.now()
 
@@ -196,7 +198,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
             if row is None:
                 raise NotFoundError("there is no such upload of yours; announce it first")
             if row.receipt is not None:
-                return row.receipt  # an answer was lost; the receipt is the same
+                return row.receipt  # another call was faster
             if durable != header.size:
                 raise NotReadyError(
                     f"{durable} of {header.size} bytes arrived; send the rest first",
@@ -233,6 +235,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
             if request.leaf and self._ledger.logs:
                 await log_late(self._ledger, node, request.leaf)
             raise
+        self._spool.forget(arriving)
         return bulk_pb2.Receipt(receipt=receipt)
 
     def _claim(self, tx: Tx, round_id: RoundId) -> dict[str, Any] | None:
@@ -250,7 +253,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
         metadata = _metadata(context)
         upload_id = read_bytes(_binary(metadata, "minga-upload-bin"), what="an upload id", size=32)
         offset, end = _offset(metadata), _end(metadata)
-        header, arriving = await self._find_upload(upload_id, node)
+        header, arriving, _ = await self._find_upload(upload_id, node)
         check_may_upload((await self._phase(header.round_id)), header)
         self._spool.check_room(max(0, (header.size if end is None else end) - offset))
         received = _Counted(messages, lambda: self._callers.node(context))
@@ -382,14 +385,15 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
             raise NotFoundError(f"there is no round {round_id}")
         return row.phase
 
-    async def _find_upload(self, upload_id: bytes, node: NodeId) -> tuple[UploadHeader, Arriving]:
+    async def _find_upload(
+        self, upload_id: bytes, node: NodeId
+    ) -> tuple[UploadHeader, Arriving, bytes | None]:
         row = await self._ledger.read("upload", lambda tx: tx.upload_by_id(upload_id))
         if row is None or row.node != node:
             raise NotFoundError("there is no such upload of yours; announce it first")
         header = UploadHeader.from_bytes(row.header)
-        return header, Arriving(
-            path=self._path(header), total=row.total, unit_hashes=row.unit_hashes
-        )
+        arriving = Arriving(path=self._path(header), total=row.total, unit_hashes=row.unit_hashes)
+        return header, arriving, row.receipt
 
     async def _count_down(self, round_text: str, node: NodeId, sent: int) -> None:
         def count(tx: Tx) -> None:

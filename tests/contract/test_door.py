@@ -6,6 +6,7 @@ leaves nothing behind that counts.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator.ca import CertificateAuthority, new_tls_key
+from coordinator.spool import Spool
 from protocols.crypto.identity import Identity
 from protocols.enrolment import Invitation
 from protocols.gen import accounting_pb2, admin_pb2, bulk_pb2, enrolment_pb2, rounds_pb2
@@ -275,6 +277,22 @@ def test_an_upload_arrives_and_counts_once(door, upload):
     stored = door.ledger(lambda tx: tx.uploads(upload.round, 1))
     assert [row.receipt for row in stored] == [receipt]
     assert (door.config.spool / "r1" / "0.1.a.vector").read_bytes() == upload.data
+
+
+def test_nothing_of_an_upload_stays_in_memory_once_it_counts(door, upload):
+    client = door.enrol("a")
+    state = begin(client, upload)
+    client.append(state.upload_id, 0, upload.messages())
+    (spool,) = (
+        each
+        for each in gc.get_objects()
+        if isinstance(each, Spool) and each.root == door.config.spool
+    )
+    assert len(spool._verified) == 1
+    for _ in range(2):  # an answer may be lost
+        finish(client, state.upload_id)
+        begin(client, upload)
+        assert not spool._verified
 
 
 def test_an_upload_goes_on_after_a_crash_of_the_coordinator(door, upload):

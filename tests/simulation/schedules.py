@@ -9,6 +9,7 @@ started again, and the run has to end.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -157,6 +158,7 @@ class Player:
         self.oracle = Oracle(world)
         self._backups: dict[str, Path] = {}
         self._store = world.folder.parent / "backups"
+        self._numbers = itertools.count()
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -314,7 +316,7 @@ class Player:
 
     def backup(self, who: str) -> None:
         """Copy a disk as it is now; nobody is in the middle of a transaction."""
-        target = self._store / f"{who}.{len(self._backups)}"
+        target = self._store / f"{who}.{next(self._numbers)}"
         shutil.copytree(self._home(who), target, symlinks=True)
         self._backups[who] = target
 
