@@ -346,6 +346,25 @@ def attack_rows(found: dict[str, Any]) -> list[Any]:
 PARTS = ("soak", "pollers", "attack")
 
 
+def about(measured: dict[str, dict[str, Any]]) -> str:
+    """What the page says above the lines: when each part was measured, and how busy the cores were.
+
+    With ``--only`` the lines of the other parts stay, and those are of another day.
+
+    Args:
+        measured: the machine as it was before each part.
+    """
+    said = "; ".join(
+        f"{part} on {on['date']} at commit {on['commit']}, load {on['load_1min']:g} before it"
+        for part in PARTS
+        if (on := measured.get(part)) is not None
+    )
+    return (
+        "A coordinator in the long run, for many who ask, and while a member attacks, the clients"
+        f" on the same cores. Measured: {said}."
+    )
+
+
 def main() -> int:
     """Measure, keep, and say whether memory is flat."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.load", description=__doc__)
@@ -375,13 +394,14 @@ def main() -> int:
         else:
             rows = attack()
         kept["parts"][part] = rows
+        kept.setdefault("measured", {})[part] = found_on
         for line in rows:
             print(f"{line['what']}: {line['ours']}  {line['note']}")
     lines = [line for part in PARTS for line in kept["parts"].get(part, [])]
     facts = {
         "schema": FIGURES, "title": "Load", "repeat": "make load", "machine": found_on,
-        "text": "A coordinator in the long run, for many who ask, and while a member attacks.",
-        "rows": lines, "parts": kept["parts"],
+        "text": about(kept["measured"]),
+        "rows": lines, "parts": kept["parts"], "measured": kept["measured"],
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

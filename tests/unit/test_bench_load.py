@@ -8,6 +8,7 @@ from tests.bench.load import (
     FLAT_MB,
     Sample,
     Watch,
+    about,
     at_round,
     attack_rows,
     play_soak,
@@ -94,6 +95,15 @@ def test_rows_of_the_attack():
 
 
 @pytest.mark.slow
+def test_the_page_says_of_each_part_when_it_was_measured():
+    quiet = {"date": "2026-11-29", "commit": "aaaaaaa", "load_1min": 0.5}
+    busy = {"date": "2026-11-28", "commit": "bbbbbbb", "load_1min": 22.7}
+    text = about({"attack": busy, "soak": quiet})
+    assert "soak on 2026-11-29 at commit aaaaaaa, load 0.5 before it" in text
+    assert "attack on 2026-11-28 at commit bbbbbbb, load 22.7 before it" in text
+    assert "pollers" not in text
+
+
 def test_the_soak_itself_still_plays(tmp_path):
     """A few rounds with a real coordinator and its log: a benchmark nobody runs is soon broken."""
     watch, opened = play_soak(nodes=3, rounds=5, params=1000, work=tmp_path)
