@@ -22,7 +22,7 @@ from node_agent.journal import Journal
 from node_agent.privacy import PrivacyGuard
 from node_agent.secure_state import SecureStates
 from policies.privacy.budget import SpendStatus
-from tests.simulation.schedules import Schedule, kills, losses, schedule
+from tests.simulation.schedules import Schedule, kills, losses, one_kill, schedule
 from tests.simulation.world import MASKED, OPEN, PRIVATE, Setting
 
 Break = Callable[[], AbstractContextManager[None]]
@@ -59,13 +59,13 @@ def counts_a_repeated_upload_twice() -> Iterator[None]:
 @contextmanager
 def forgets_what_it_is_about_to_send() -> Iterator[None]:
     """The journal keeps a vector's header in memory only."""
-    kept: dict[Any, Any] = {}
+    kept: dict[Any, Any] = {}  # by the journal itself: an id is another journal's once it is gone
 
     def add(self: Any, record: Any, _detail: Any) -> None:
-        kept[id(self), record.round, record.attempt] = record
+        kept[self, record.round, record.attempt] = record
 
     def get(self: Any, round_: Any, attempt: int) -> Any:
-        return kept.get((id(self), round_, attempt))
+        return kept.get((self, round_, attempt))
 
     def nothing(*_: Any) -> None: ...
 
@@ -189,9 +189,9 @@ MUTANTS = (
     Mutant(
         forgets_what_it_is_about_to_send,
         OPEN,
-        20,
+        40,
         ("two different things: vector", "unknown_upload"),
-        made=kills,
+        made=one_kill,
     ),
     Mutant(begins_an_attempt_over, MASKED, 15, ("two different things",), made=kills),
     Mutant(refunds_what_was_released, PRIVATE, 5, ("its own ledger says",)),

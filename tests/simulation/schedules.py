@@ -103,6 +103,13 @@ def kills(seed: int, setting: Setting) -> Schedule:
     return Schedule(setting, seed, steps)
 
 
+def one_kill(seed: int, setting: Setting) -> Schedule:
+    """Nothing happens but that one node is killed and down until the others have gone on; with
+    each seed a little later, so that some seeds meet it between its upload and its verdict."""
+    kill = (400 + 10 * seed, "kill", setting.names[1], 0, 4000)
+    return Schedule(setting, 7, (kill, (0, "pass", 6000)))
+
+
 def losses(seed: int, setting: Setting) -> Schedule:
     """Nothing happens but that calls are lost or handled twice."""
     rng = Random(f"losses {seed}")
