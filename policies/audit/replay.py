@@ -429,8 +429,13 @@ class Replay:
             if not isinstance(said, RoundPlan):
                 raise LeafRefusedError("log.phase", f"{place}: the round has no plan leaf")
             self._check_request(said, statement.digest)
+            last = RoundId(round_.run, max(0, round_.number - 1))
             self.rounds[round_] = rounds.opened(
-                said, index=taken.index, leaf=taken.leaf.hash, digest=statement.digest
+                said,
+                index=taken.index,
+                leaf=taken.leaf.hash,
+                digest=statement.digest,
+                before=self.rounds.get(last),
             )
             return
         if statement.digest != state.plan_sha256:

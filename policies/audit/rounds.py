@@ -54,13 +54,24 @@ class LeafRefusedError(IntegrityError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """An ``update.commit`` in the log."""
+    """An ``update.commit`` in the log. Its two digests are kept as 32 bytes each: there is one of
+    these for each node and round, in memory."""
 
     index: int
-    leaf: Digest
+    leaf_hash: bytes
     ctx: str | None  # None: an open sum
-    upload_root: str
+    root: bytes  # of the upload
     length: int  # of the upload, bytes
+
+    @property
+    def leaf(self) -> Digest:
+        """Hash of the leaf, as other leaves name it."""
+        return Digest(self.leaf_hash.hex())
+
+    @property
+    def upload_root(self) -> str:
+        """Root of the upload, as survivor list and transcript name it."""
+        return self.root.hex()
 
 
 class Verdict(StrEnum):
@@ -123,8 +134,25 @@ class RoundState:
         return next((attempt for attempt in self.attempts if attempt.number == number), None)
 
 
-def opened(plan: RoundPlan, *, index: int, leaf: Digest, digest: Digest) -> RoundState:
-    """The state that a ``round.plan`` begins."""
+def opened(
+    plan: RoundPlan, *, index: int, leaf: Digest, digest: Digest, before: RoundState | None = None
+) -> RoundState:
+    """The state that a ``round.plan`` begins.
+
+    Args:
+        plan: the leaf's fields.
+        index, leaf: where it stands, and its hash.
+        digest: of the plan itself.
+        before: the run's round before, if it is in the log: what both plan leaves say alike is
+            kept once, and a run says the same plan and request in each of its rounds.
+    """
+    if before is not None and before.plan_sha256 == digest:
+        same = {
+            name: getattr(before.plan, name)
+            for name in ("plan", "request", "tuf", "code", "secagg")
+            if getattr(before.plan, name) == getattr(plan, name)
+        }
+        plan = plan.model_copy(update=same)
     return RoundState(plan_at=index, plan_leaf=leaf, plan_sha256=digest, plan=plan)
 
 
@@ -258,7 +286,11 @@ def _commit(state: RoundState, said: UpdateCommit, index: int, leaf: Digest) -> 
     if attempt.survivors is not None or attempt.over:
         return _too_late(state, said, index)
     found = Committed(
-        index=index, leaf=leaf, ctx=said.ctx, upload_root=said.upload_root, length=said.bytes
+        index=index,
+        leaf_hash=bytes.fromhex(leaf),
+        ctx=said.ctx,
+        root=bytes.fromhex(said.upload_root),
+        length=said.bytes,
     )
     return _put(state, replace(attempt, commits=_with(attempt.commits, said.node, found)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from policies.audit.replay import LeafRefusedError, Replay, policy_text, witness_policy
+from policies.audit.rounds import opened
 from protocols.crypto.signatures import BadSignatureError
 from protocols.errors import IntegrityError, MalformedMessageError
 from protocols.tlog import kinds
@@ -12,7 +13,7 @@ from protocols.tlog.checkpoint import Checkpoint
 from protocols.tlog.leaf import BrokenChainError, ChainHead
 from protocols.tlog.merkle import leaf_hash, tree_root
 from protocols.tlog.trust_policy import TrustPolicy
-from tests.support.leaves import NODES, ORIGIN, D, World, key_hex, log_signer, witness_signer
+from tests.support.leaves import NODES, ORIGIN, PLAN, D, World, key_hex, log_signer, witness_signer
 
 A, B, C, M = NODES
 
@@ -26,6 +27,22 @@ def test_a_whole_log_is_taken_and_has_its_root():
     assert [len(r.attempts) for r in (first, second)] == [1, 1]
     assert first.attempts[0].closed_at is not None
     assert set(state.witnesses) == set(NODES)
+
+
+def test_what_rounds_say_alike_is_kept_once():
+    world = World().begin().round(0).round(1)
+    first, second = world.replay().rounds.values()
+    assert second.plan.plan == PLAN
+    assert second.plan.plan is first.plan.plan
+    assert (second.plan.index, second.plan_at) != (first.plan.index, first.plan_at)
+
+
+def test_of_another_plan_nothing_is_taken_over():
+    one, true = (World().plan(plan={**PLAN, "rounds": value}) for value in (1, True))
+    assert one.plan == true.plan  # to Python; their digests differ
+    first = opened(one, index=3, leaf=D["a"], digest=D["a"])
+    other = opened(true, index=9, leaf=D["b"], digest=D["b"], before=first)
+    assert other.plan.plan["rounds"] is True
 
 
 def test_an_open_round_too():
