@@ -1,4 +1,5 @@
-"""Transfer over a long link: 100 ms round trip, 1 Gb/s; ours, one TLS stream, and gRPC as it is.
+"""Transfer over long links: 100 ms round trip, 1 Gb/s, and 100 Mb/s as most institutions have it;
+ours, one TLS stream, and gRPC as it is.
 
 What decides there is how much may be under way before an answer: the receive windows. The floor is
 one TLS connection that moves the same bytes from memory to memory. Beside it gRPC with the options
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,27 +30,48 @@ from tests.bench.ours import transfers
 from tests.bench.processes import MB, Stage
 from tests.bench.rows import OURS, RAW_TLS, Row, Spread
 
-DELAY_S, BITS_PER_S = 0.05, 1e9  # one way; each direction
-SIZES = (256 * 2**20, 2**30)  # the longer one shows the rate, the shorter one also the beginning
-WORK = "transfer of {mib} MiB over 100 ms and 1 Gb/s, one node, {way}"
+DELAY_S = 0.05  # one way
+WORK = "transfer of {mib} MiB over 100 ms and {rate}, one node, {way}"
 DEFAULTS = "gRPC with default windows, as Flower's"
 _PART = 20 * 2**20  # bytes of one unary message
 _PORT = 8443
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A link and what is sent over it."""
+
+    size: int  # bytes
+    bits_per_s: float  # each direction
+    rate: str  # as people say it
+    most: int = 99  # repetitions: a slow link takes its time
+
+    def what(self, way: str) -> str:
+        """The name of its row."""
+        return WORK.format(mib=self.size >> 20, rate=self.rate, way=way)
+
+
+CASES = (  # the longer one shows the rate, the shorter one also the beginning
+    Case(256 * 2**20, 1e9, "1 Gb/s"),
+    Case(2**30, 1e9, "1 Gb/s"),
+    Case(128 * 2**20, 1e8, "100 Mb/s", most=3),
+)
+
+
 def rows(*, repetitions: int, work: Path | None = None) -> Iterator[Row]:
-    """Of each size: floor, ours, gRPC as it is, and the floor again."""
+    """Of each case: floor, ours, gRPC as it is, and the floor again."""
     why = netlink.unavailable()
-    for size in SIZES:
+    for case in CASES:
         if why is None:
-            yield from _rows(size, repetitions=repetitions, work=work)
+            yield from _rows(case, repetitions=min(repetitions, case.most), work=work)
             continue
         for way in ("up", "down"):
-            yield Row(what=WORK.format(way=way, mib=size >> 20), system=OURS, skipped=why)
+            yield Row(what=case.what(way), system=OURS, skipped=why)
 
 
-def _rows(size: int, *, repetitions: int, work: Path | None) -> Iterator[Row]:
-    with netlink.Link(delay_s=DELAY_S, bits_per_s=BITS_PER_S) as link:
+def _rows(case: Case, *, repetitions: int, work: Path | None) -> Iterator[Row]:
+    size = case.size
+    with netlink.Link(delay_s=DELAY_S, bits_per_s=case.bits_per_s) as link:
         half = max(1, repetitions // 2)
         before = _floor(link, size, half, work)
         ours = _ours(link, size, repetitions, work)
@@ -61,7 +84,7 @@ def _rows(size: int, *, repetitions: int, work: Path | None) -> Iterator[Row]:
             (DEFAULTS, plain[way], "unary messages of 20 MiB, one after the other"),
         ):
             yield Row(
-                what=WORK.format(way=way, mib=size >> 20),
+                what=case.what(way),
                 system=system,
                 nodes=1,
                 mb_per_s=Spread.of(speeds),
