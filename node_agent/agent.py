@@ -45,6 +45,7 @@ from node_agent.governance import Governance
 from node_agent.housekeeping import tidy
 from node_agent.keys import TlsIdentity
 from node_agent.plan_check import check_plan, check_round
+from node_agent.polling import ANSWER_S, may_give_up_s, poll_wait_ms
 from node_agent.privacy import check_budget
 from node_agent.records import RoundRecord, RunRecord, UploadRecord
 from node_agent.rules import Refusal
@@ -82,8 +83,6 @@ from protocols.upload import UploadHeader
 from protocols.wire import round_ref, to_ms
 
 logger = logging.getLogger(__name__)
-IDLE_WAIT_MS: Final = 25_000  # of a Sync while nothing moves
-BUSY_WAIT_MS: Final = 2_000  # while there is progress to report
 TURN_S: Final = 2.0  # between two turns at the latest
 TRAINING_TURN_S: Final = 0.25  # while a worker is at it
 STATUS_S: Final = 0.25  # between two writes of the status file at least
@@ -225,10 +224,13 @@ class Agent:
 
     async def _sync_loop(self) -> None:
         failures = 0
+        asked: float | None = None  # when the oldest poll began that was given up without an answer
         while True:
             seen = self._view.version if self._view else 0
             progress, paused = self._progress(), self._paused()
-            wait_ms = BUSY_WAIT_MS if progress else IDLE_WAIT_MS
+            now = self.site.monotonic()
+            asked = now if asked is None else asked
+            wait_ms = poll_wait_ms(busy=bool(progress), silent_s=now - asked)
             self._reported = (bool(progress), paused)
             self._nudge.clear()
             request = rounds_pb2.SyncRequest(
@@ -240,11 +242,13 @@ class Agent:
                 state="paused" if paused else "running",
             )
             try:
-                view = await self._poll(request)
+                view = await self._poll(request, may_give_up_s(now - asked))
                 if view is not None:
                     self._take(view)
+                    asked = None
                 failures = 0
             except FederationError as error:
+                asked = None
                 if failures == 0:
                     logger.warning("no view of the federation: %s", error.diagnostics())
                 self._trouble = error.diagnostics()
@@ -254,17 +258,22 @@ class Agent:
                 self._wake.set()
                 await asyncio.sleep(min(delay, 2.0) if isinstance(error, NotReadyError) else delay)
 
-    async def _poll(self, request: rounds_pb2.SyncRequest) -> View | None:
-        """One Sync; None when there is something to report before it was answered."""
+    async def _poll(self, request: rounds_pb2.SyncRequest, given_up_s: float) -> View | None:
+        """One Sync; None when there is something to report before it was answered, unless it was
+        silent for ``given_up_s`` by then."""
         connection = self.site.connection
-        timeout_s = request.wait_ms / 1000 + 15.0
+        timeout_s = request.wait_ms / 1000 + ANSWER_S
         call = asyncio.ensure_future(
             connection.call(connection.rounds.Sync, request, timeout_s=timeout_s)
         )
         nudge = asyncio.ensure_future(self._nudge.wait())
         try:
-            await asyncio.wait({call, nudge}, return_when=asyncio.FIRST_COMPLETED)
-            return read_view(call.result()) if call.done() else None
+            await asyncio.wait(
+                {call, nudge}, timeout=given_up_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if nudge.done() and not call.done():
+                return None
+            return read_view(await call)
         finally:
             nudge.cancel()
             call.cancel()

@@ -315,7 +315,7 @@ def test_a_damaged_disk_is_not_the_coordinators_fault(bench):
 
 def test_heartbeats_show_the_training(bench, monkeypatch):
     """Long before the idle poll would have ended; the step is the worker's."""
-    monkeypatch.setattr("node_agent.agent.IDLE_WAIT_MS", 600_000)  # never ends in this test
+    monkeypatch.setattr("node_agent.polling.IDLE_WAIT_MS", 600_000)  # never ends in this test
     bench.behave("slow")
     run = bench.federation.submit("slow", rounds=1, local_step=TRAINS)
     seen = []
