@@ -3,6 +3,7 @@
 Every finished schedule is a line in the results file, so a soak that was stopped goes on where it
 was when it is started again with the same arguments. A schedule that breaks a promise is shrunk and
 printed as a literal to keep in ``test_found.py``. Exit status: 0 nothing found, 1 something was.
+``--keep`` writes the figures of a soak that is complete for the pages, and plays nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
+
+from tests.bench.page import BENCH, FIGURES
 
 REPORT_S = 10.0
+OUT = BENCH / "soak.json"
 
 
 def arguments() -> argparse.Namespace:
@@ -25,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--results", type=Path, default=Path("bench/out/soak.jsonl"))
+    parser.add_argument("--keep", action="store_true", help="write bench/soak.json")
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--only", type=int, default=None, help="play one seed and show its steps")
     return parser.parse_args()
@@ -84,21 +92,108 @@ def show(found: dict[int, dict[str, object]], *, of: int, seconds: float, new: i
     print(f"{len(found)} of {of} schedules, {rate:.2f}/s, violations: {sorted(bad)}", flush=True)
 
 
-def summary(found: dict[int, dict[str, object]]) -> None:
-    """What was reached: a soak that disturbs nothing shows nothing."""
-    ends: Counter[str] = Counter()
-    fired: Counter[str] = Counter()
-    runs: Counter[str] = Counter()
-    for one in found.values():
-        ends.update(one.get("ends", {}))  # type: ignore[arg-type]
-        fired.update(one.get("fired", {}))  # type: ignore[arg-type]
-        runs[str(one.get("status", "violation"))] += 1
-    deaths = sum(int(str(one.get("deaths", 0))) for one in found.values())
-    refused = sum(int(str(one.get("refused", 0))) for one in found.values())
-    cpu = sum(float(str(one.get("cpu_s", 0))) for one in found.values())
-    print(f"runs {dict(runs)}; rounds {dict(ends)}; processes killed {deaths}")
-    print(f"calls disturbed {dict(fired)}; writes refused by a full disk {refused}")
-    print(f"{cpu / max(1, len(found)):.2f} CPU seconds a schedule")
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What a soak reached: one that disturbs nothing shows nothing."""
+
+    runs: Counter[str]  # by how they ended
+    rounds: Counter[str]
+    disturbed: Counter[str]  # calls, by how
+    settings: Counter[str]
+    killed: int  # processes
+    refused: int  # writes, by a full disk
+    cpu_s: float
+
+    @classmethod
+    def of(cls, found: Mapping[int, Mapping[str, Any]]) -> Self:
+        """Of the lines of the results."""
+        ends: Counter[str] = Counter()
+        fired: Counter[str] = Counter()
+        for one in found.values():
+            ends.update(one.get("ends", {}))
+            fired.update(one.get("fired", {}))
+        return cls(
+            runs=Counter(str(one.get("status", "violation")) for one in found.values()),
+            rounds=ends,
+            disturbed=fired,
+            settings=Counter(str(one["setting"]) for one in found.values()),
+            killed=sum(one.get("deaths", 0) for one in found.values()),
+            refused=sum(one.get("refused", 0) for one in found.values()),
+            cpu_s=sum(one.get("cpu_s", 0.0) for one in found.values()),
+        )
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+
+
+def summary(found: Mapping[int, Mapping[str, Any]]) -> None:
+    """What was reached, printed."""
+    reached = Reached.of(found)
+    print(f"runs {_said(reached.runs)}; rounds {_said(reached.rounds)};", end=" ")
+    print(f"processes killed {reached.killed:,}")
+    print(f"calls disturbed {_said(reached.disturbed)}; writes refused by a full disk", end=" ")
+    print(f"{reached.refused:,}\n{reached.cpu_s / max(1, len(found)):.2f} CPU seconds a schedule")
+
+
+def figures_of(
+    found: Mapping[int, Mapping[str, Any]], machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A complete soak as figures for the pages.
+
+    Args:
+        found: the lines of the results, by seed.
+        machine: where, when, and at which commit the figures are written.
+    """
+    reached = Reached.of(found)
+    bad = sorted(seed for seed, one in found.items() if "violation" in one)
+    row = {"beside": "", "other": "", "ratio": None}
+    return {
+        "schema": FIGURES,
+        "title": "Schedules of faults, simulated",
+        "repeat": f"make soak ARGS='--schedules {len(found)} --seed {min(found)}'",
+        "machine": dict(machine),
+        "text": (
+            "Whole federations in one process on a virtual clock, as deployed but for network,"
+            " worker and kernel ([tests/simulation](tests/simulation/README.md)). A soak goes on"
+            " where it was stopped: its schedules may have been played at several commits. One that"
+            " broke a promise was played again after the mend."
+        ),
+        "rows": [
+            row | {
+                "what": "schedules with a broken promise", "ours": f"{len(bad)} of {len(found):,}",
+                "target": "none of 10,000", "met": not bad and len(found) >= 10_000,
+                "note": f"seeds {min(found)} to {max(found)}; settings: {len(reached.settings)}"
+                        + (f"; broken: {bad}" if bad else ""),
+            },
+            row | {
+                "what": "faults in these schedules", "ours": f"{reached.killed:,} processes killed",
+                "target": "", "met": None,
+                "note": f"calls disturbed: {_said(reached.disturbed)}; {reached.refused:,} writes"
+                        f" refused by a full disk",
+            },
+            row | {
+                "what": "ends of these schedules", "ours": f"{_said(reached.runs)} (runs)",
+                "target": "", "met": None, "note": f"rounds: {_said(reached.rounds)}",
+            },
+        ],
+    }  # fmt: skip
+
+
+def keep(options: argparse.Namespace) -> int:
+    """Write what a complete soak reached where the pages find it."""
+    from tests.bench.__main__ import machine
+
+    found = {
+        seed: one for seed, one in results(options.results).items() if seed in seeds_of(options)
+    }
+    if len(found) < options.schedules:
+        print(f"{len(found)} of {options.schedules} schedules are played", file=sys.stderr)
+        return 1
+    text = json.dumps(figures_of(found, machine()), indent=1, ensure_ascii=False)
+    OUT.write_text(text + "\n")
+    summary(found)
+    return 0
 
 
 def main() -> int:
@@ -110,6 +205,8 @@ def main() -> int:
         print(made)
         print(play(made))
         return 0
+    if options.keep:
+        return keep(options)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     if options.worker is not None:
         work(options)
