@@ -162,6 +162,7 @@ class Connection:
         self.addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
         self.rng = rng
         self._took: deque[float] = deque([math.inf], maxlen=_RECENT)
+        self.upload_rate = math.inf  # bytes per second of the last upload; infinite: none yet
         self._at = 0
         self._witness_at = 0
         self._closing: set[asyncio.Task[None]] = set()

@@ -2,7 +2,8 @@
 
 A receiver lets ``STREAM_WINDOW`` bytes of a connection be under way, so one is as fast as that
 window for each round trip: 20 MB/s at 100 ms. Over a long link several streams, each on a
-connection of its own, bring several parts.
+connection of its own, bring several parts. Over a slow one, what is under way beyond its rate only
+fills queues until packets are dropped, so the rate of the last upload counts as well.
 Pure functions; protocols/spec/upload.md, section 3.
 """
 
@@ -16,23 +17,26 @@ from protocols.tensors.sizes import STREAM_WINDOW, UNIT
 
 LINK: Final = 125e6  # bytes per second that are worth filling: 1 Gb/s
 PART_UNITS: Final = 4  # units of one part, at most: what is sent again when a stream breaks
+GROWTH: Final = 1.5  # the link may be so much faster than the last upload was
 SPARE: Final = 1.25  # streams more than fill the link: each waits a round trip between two parts
 
 
-def streams_for(*, round_trip_s: float, allowed: int, parts: int) -> int:
-    """How many streams fill a link of ``LINK`` bytes per second.
+def streams_for(*, round_trip_s: float, allowed: int, parts: int, rate: float = math.inf) -> int:
+    """How many streams fill the link.
 
     Args:
         round_trip_s: the quickest answer of late; infinite: nothing was answered yet.
         allowed: by the receiver; 0 as from an older one: one.
         parts: that are missing.
+        rate: of the last upload, bytes per second; infinite: none was measured, and the link is
+            taken for one of ``LINK`` bytes per second.
 
     Returns:
         At least 1, at most ``allowed`` and at most one for each part.
     """
     if not math.isfinite(round_trip_s):
         return 1
-    under_way = LINK * max(0.0, round_trip_s)
+    under_way = min(LINK, GROWTH * rate) * max(0.0, round_trip_s)
     wanted = 1 if under_way <= STREAM_WINDOW else math.ceil(SPARE * under_way / STREAM_WINDOW)
     return max(1, min(wanted, allowed, parts))
 

@@ -124,6 +124,7 @@ class Place:
 
 
 APPEND: Final = "/minga.v1.Bulk/Append"
+RATED: Final = 8 * 2**20  # bytes: of fewer the time says little about the link
 
 
 async def send(
@@ -154,14 +155,39 @@ async def send(
     start, total = int(state.durable), int(state.total)
     parts = list(missing_parts(start, total, arrived))
     streams = streams_for(
-        round_trip_s=connection.round_trip_s, allowed=int(state.streams), parts=len(parts)
+        round_trip_s=connection.round_trip_s,
+        allowed=int(state.streams),
+        parts=len(parts),
+        rate=connection.upload_rate,
     )
+    now = asyncio.get_running_loop().time
+    begun, missing = now(), sum(end - offset for offset, end in parts)
     if streams == 1 and not arrived:
         await _append(
             connection, connection.channel, path, place, start, total, alone=True,
             progress=lambda more: progress(start + more, total), stall_s=stall_s,
         )  # fmt: skip
-        return
+    else:
+        await _send_parts(
+            connection, path, place, parts, streams, arrived, total,
+            progress=progress, stall_s=stall_s,
+        )  # fmt: skip
+    if missing >= RATED and now() > begun:
+        connection.upload_rate = missing / (now() - begun)
+
+
+async def _send_parts(
+    connection: Connection,
+    path: Path,
+    place: Place,
+    parts: Sequence[tuple[int, int]],
+    streams: int,
+    arrived: set[int],
+    total: int,
+    *,
+    progress: Progress,
+    stall_s: float,
+) -> None:
     sent = dict.fromkeys(parts, 0)
     before = total - sum(end - offset for offset, end in parts)
 

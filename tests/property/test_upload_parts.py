@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from coordinator import spool as module
 from coordinator.spool import ALL_STREAMS, MAX_STREAMS, Arriving, Spool, streams_allowed
 from node_agent import parts
-from node_agent.parts import LINK, PART_UNITS, SPARE, missing_parts, streams_for
+from node_agent.parts import GROWTH, LINK, PART_UNITS, SPARE, missing_parts, streams_for
 from protocols.errors import DigestMismatchError, MalformedMessageError, OffsetError
 from protocols.tensors.sizes import STREAM_WINDOW
 from protocols.tlog.merkle import leaf_hash
@@ -78,18 +78,27 @@ def test_the_parts_are_what_is_missing(units, short, start, arrived):
 
 @given(
     round_trip_s=st.floats(0, 100) | st.just(math.inf), allowed=st.integers(0, 40),
-    parts=st.integers(0, 40),
+    parts=st.integers(0, 40), rate=st.floats(1, 1e10) | st.just(math.inf),
 )  # fmt: skip
 def test_no_more_streams_than_are_allowed_and_no_more_than_fill_the_link(
-    round_trip_s, allowed, parts
+    round_trip_s, allowed, parts, rate
 ):
-    streams = streams_for(round_trip_s=round_trip_s, allowed=allowed, parts=parts)
+    streams = streams_for(round_trip_s=round_trip_s, allowed=allowed, parts=parts, rate=rate)
+    link = min(LINK, GROWTH * rate)
     assert streams >= 1
     if streams > 1:
         assert streams <= min(allowed, parts)
-        assert (streams - 1) * STREAM_WINDOW < SPARE * LINK * round_trip_s
+        assert (streams - 1) * STREAM_WINDOW < SPARE * link * round_trip_s
     elif allowed > 1 < parts and math.isfinite(round_trip_s):
-        assert LINK * round_trip_s <= STREAM_WINDOW
+        assert link * round_trip_s <= STREAM_WINDOW
+
+
+@pytest.mark.parametrize(
+    ("rate", "streams"), [(math.inf, 8), (80e6, 8), (30e6, 3), (11e6, 1), (1.0, 1)]
+)
+def test_a_slow_link_is_not_flooded_twice(rate, streams):
+    """At 100 ms. Of the first upload nothing is known; the next ones go by what it reached."""
+    assert streams_for(round_trip_s=0.1, allowed=8, parts=32, rate=rate) == streams
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=64))
