@@ -7,7 +7,9 @@ last part runs the same client against the coordinator's own service.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import time
 from dataclasses import replace
 
 import grpc
@@ -103,6 +105,27 @@ def test_an_upload_brings_the_bytes_and_the_receipt(tmp_path, vector):
     assert server.kept[header.upload_id] == DATA
     assert server.received == SIZE
     assert seen[-1] == (SIZE, SIZE)
+
+
+def test_the_rate_of_an_upload_is_remembered_for_the_next(tmp_path, vector):
+    """It says how many streams the link can use; of a small upload it would say little."""
+    _, signed = announce(DATA)
+    small = tmp_path / "small.bin"
+    small.write_bytes(DATA[:1000])
+    _, signed_small = announce(DATA[:1000], attempt=2)
+
+    async def work():
+        async with bulk_server(tmp_path) as served:
+            rates = [served.connection.upload_rate]
+            for path, said in ((small, signed_small), (vector, signed)):
+                begun = time.monotonic()
+                await upload(served.connection, path, said)
+                rates.append(served.connection.upload_rate)
+            return rates, SIZE / (time.monotonic() - begun)
+
+    rates, at_least = run(work())
+    assert rates[:2] == [math.inf, math.inf]
+    assert at_least <= rates[2] < math.inf
 
 
 @pytest.mark.parametrize(
