@@ -224,7 +224,7 @@ class Agent:
 
     async def _sync_loop(self) -> None:
         failures = 0
-        asked: float | None = None  # when the oldest poll began that was given up without an answer
+        asked: float | None = None  # when the oldest poll began that nothing has answered yet
         while True:
             seen = self._view.version if self._view else 0
             progress, paused = self._progress(), self._paused()

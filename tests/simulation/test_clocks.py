@@ -1,4 +1,4 @@
-"""A clock that is wrong for good: of one node it costs that node at most, never the others.
+"""A clock that is wrong for good: of one node it costs that node at most.
 
 Nobody sets it right again. Without a round log no decision asks a node's clock. With one, a
 witness's cosignature more than five minutes ahead of the reader's clock is no cosignature

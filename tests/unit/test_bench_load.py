@@ -94,7 +94,6 @@ def test_rows_of_the_attack():
     assert "3 of them joins" in found[1]["note"]
 
 
-@pytest.mark.slow
 def test_the_page_says_of_each_part_when_it_was_measured():
     quiet = {"date": "2026-11-29", "commit": "aaaaaaa", "load_1min": 0.5}
     busy = {"date": "2026-11-28", "commit": "bbbbbbb", "load_1min": 22.7}
@@ -104,6 +103,7 @@ def test_the_page_says_of_each_part_when_it_was_measured():
     assert "pollers" not in text
 
 
+@pytest.mark.slow
 def test_the_soak_itself_still_plays(tmp_path):
     """A few rounds with a real coordinator and its log: a benchmark nobody runs is soon broken."""
     watch, opened = play_soak(nodes=3, rounds=5, params=1000, work=tmp_path)
