@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -82,25 +82,32 @@ class LogHub:
         self.trouble: dict[str, str] = {}  # why a witness does not cosign
         self._known: dict[str, int] = {}  # size that each cosigned last, as far as we know
         self._open: dict[int, Head] = {}
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
 
     # -- news ----------------------------------------------------------------------------------
 
-    async def changed(self, timeout_s: float) -> None:
-        """Wait until something happened, or for a while."""
+    async def changed(self, timeout_s: float, until: Callable[[], bool] = lambda: True) -> None:
+        """Wait until something happened, or for a while.
+
+        Args:
+            timeout_s: how long at most.
+            until: asked whenever something happened, and cheap: only then is it over. Of n nodes
+                each cosigns each head, and each follows the log twice; were all woken by every
+                answer, a head would cost n² times what waking costs.
+        """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.add(future)
+        self._waiting[future] = until
         try:
             async with asyncio.timeout(timeout_s):
                 await future
         except TimeoutError:
             pass
         finally:
-            self._waiting.discard(future)
+            del self._waiting[future]
 
     def _tell(self) -> None:
-        for future in self._waiting:
-            if not future.done():
+        for future, until in self._waiting.items():
+            if not future.done() and until():
                 future.set_result(None)
 
     def lead(self, leads: bool) -> None:
@@ -143,6 +150,12 @@ class LogHub:
         head = self.witnessed.checkpoint
         return Seen(size=head.size, root=head.root)
 
+    def goes_beyond(self, size: int) -> bool:
+        """Whether there is more to show than so many leaves, or nothing is shown any more."""
+        if self.witnessed is None:
+            return not self.leads
+        return self.witnessed.size > size
+
     def waits_for(self) -> tuple[str, ...]:
         """The witnesses whose cosignatures the newest head lacks; empty when it is witnessed."""
         if self.signed is None or self.signed.witnessed:
@@ -178,14 +191,19 @@ class LogHub:
         """What those of ``names`` that have spoken cosigned last."""
         return {name: self.heads[name] for name in names if name in self.heads}
 
-    def request_for(self, name: str) -> tuple[Head, bytes] | None:
-        """What to ask a witness now: the newest head, unless it has cosigned that."""
+    def asks(self, name: str) -> Head | None:
+        """The newest head, if a witness is to be asked about it: it has not cosigned it."""
         head = self.signed
         if head is None or name in head.lines or name not in self.keys:
             return None
-        old = self._known.get(name, 0)
-        if old > head.size:
+        return head if self._known.get(name, 0) <= head.size else None
+
+    def request_for(self, name: str) -> tuple[Head, bytes] | None:
+        """What to ask a witness now: the newest head, unless it has cosigned that."""
+        head = self.asks(name)
+        if head is None:
             return None
+        old = self._known.get(name, 0)
         proof = make_consistency(self.tree.hashes, old, head.size) if old else ()
         return head, write_request(old=old, proof=proof, checkpoint=head.note.to_bytes())
 

@@ -89,6 +89,7 @@ class LogWriter:
     _compared: bool = False  # with a quorum of witnesses, since the start
     _quiet_since: datetime | None = None
     _written: int = 0  # size of the last published checkpoint
+    _tail: tuple[int, Sequence[bytes]] = (0, ())  # index and entries of the tile that is not full
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -332,7 +333,8 @@ class LogWriter:
     async def _grow(self, size: int) -> None:
         old = self._written
         first = old - old % 256
-        rows: list[bytes] = []
+        kept_from, kept = self._tail
+        rows = list(kept) if (kept_from, kept_from + len(kept)) == (first, old) else []
         while first + len(rows) < size:
             at = first + len(rows)
             end = min(size, at + BATCH)
@@ -354,6 +356,8 @@ class LogWriter:
             )
 
         await asyncio.to_thread(write)
+        at = size - size % 256
+        self._tail = (at, rows[at - first : size - first])
 
     async def _keep_plan(self, row: LeafRow) -> None:
         """Put a plan that is too large for its leaf beside the log, before the leaf is shown."""

@@ -44,6 +44,12 @@ _CERTIFICATE = (
     .order_by(certificates.c.not_after.desc(), certificates.c.serial)
     .limit(1)
 )
+_STANDING = (
+    sa.select(certificates.c.serial, nodes.c.status)
+    .select_from(certificates.outerjoin(nodes, nodes.c.node_id == bindparam("node")))
+    .where(certificates.c.spki_sha256 == bindparam("spki"))
+    .limit(1)
+)
 _CERTIFICATES = sa.select(certificates).order_by(certificates.c.not_after, certificates.c.serial)
 
 
@@ -211,6 +217,12 @@ class People(Statements):
         """The certificate of a key that is in force longest."""
         row = self._one(_CERTIFICATE, spki=spki_sha256)
         return None if row is None else _certificate(row)
+
+    def standing(self, spki_sha256: Digest, name: str) -> tuple[bool, NodeStatus | None]:
+        """Whether a key was certified here, and the status of a node, in one statement: every call
+        asks. None: no such node is enrolled, or the key is unknown."""
+        row = self._one(_STANDING, spki=spki_sha256, node=name)
+        return (False, None) if row is None else (True, row.status)
 
     def certificates(self) -> list[CertificateRow]:
         """Every certificate, the one that ends first before the others."""

@@ -207,14 +207,14 @@ class Callers:
             raise NotPermittedError(f"{identity} may not do this; it is for a {' or '.join(roles)}")
 
         def check(tx: Tx) -> str | None:
-            if tx.certificate(key) is None:
+            certified, status = tx.standing(key, identity.name)
+            if not certified:
                 return "was not issued by this federation"
             if identity.role == "node":
-                row = tx.node(NodeId(identity.name))
-                if row is None:
+                if status is None:
                     return "names a node that is not enrolled"
-                if row.status != "active":
-                    return f"names a node that is {row.status}"
+                if status != "active":
+                    return f"names a node that is {status}"
             return None
 
         problem = await self.ledger.read("membership", check)

@@ -29,6 +29,7 @@ PAGE: Final = 256  # entries in one message at most
 PAGE_BYTES: Final = 2 * 2**20
 MAX_SUBMIT: Final = 64
 LOOK_S: Final = 20.0
+KEPT_PAGES: Final = 2
 
 
 class LogService(log_pb2_grpc.LogServicer):
@@ -38,39 +39,50 @@ class LogService(log_pb2_grpc.LogServicer):
         self._callers = callers
         self._ledger = ledger
         self._hub = hub
+        self._read: dict[tuple[int, int], asyncio.Task[log_pb2.LogPage]] = {}
 
     async def Follow(
         self, request: log_pb2.FollowRequest, context: Context
     ) -> AsyncIterator[log_pb2.LogPage]:
         """Witnessed checkpoints with their leaves, as they come."""
         at = int(request.size)
+        await self._callers.reader(context)
         while True:
-            await self._callers.reader(context)  # a stream may outlive the right to it
             need_head(self._hub)
+            if not self._hub.goes_beyond(at):
+                await self._hub.changed(LOOK_S, partial(self._hub.goes_beyond, at))
+            await self._callers.reader(context)  # a stream may outlive the right to it
             head = self._hub.witnessed
-            if head is None or head.size <= at:
-                await self._hub.changed(LOOK_S)
-                continue
-            async for page in self._pages(at, head.size):
-                if page.first + len(page.entries) == head.size:
+            while head is not None and at < head.size:
+                found = await self._page(at, min(head.size, at + PAGE))
+                page = log_pb2.LogPage(first=at, entries=found.entries)
+                at += len(page.entries)
+                if at == head.size:
                     page.checkpoint = head.to_bytes()
                 yield page
-            at = head.size
 
-    async def _pages(self, at: int, size: int) -> AsyncIterator[log_pb2.LogPage]:
-        while at < size:
-            first, end = at, min(size, at + PAGE)
-            rows = await self._ledger.read("log_page", lambda tx: tx.leaves(first, end))  # noqa: B023
-            page, total = log_pb2.LogPage(first=at), 0
-            for row in rows:
-                if page.entries and total + len(row.entry) > PAGE_BYTES:
-                    break
-                page.entries.append(row.entry)
-                total += len(row.entry)
-            if not page.entries:
-                raise NotFoundError(f"leaf {at} is missing in the ledger")
-            at += len(page.entries)
-            yield page
+    async def _page(self, first: int, end: int) -> log_pb2.LogPage:
+        """Leaves from ``first`` on, read once for all who follow from the same head."""
+        task = self._read.get((first, end))
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = asyncio.create_task(self._read_page(first, end), name="log page")
+            self._read.pop((first, end), None)
+            while len(self._read) >= KEPT_PAGES:
+                del self._read[next(iter(self._read))]
+            self._read[first, end] = task
+        return await asyncio.shield(task)  # who stops waiting does not stop the others
+
+    async def _read_page(self, first: int, end: int) -> log_pb2.LogPage:
+        rows = await self._ledger.read("log_page", lambda tx: tx.leaves(first, end))
+        page, total = log_pb2.LogPage(first=first), 0
+        for row in rows:
+            if page.entries and total + len(row.entry) > PAGE_BYTES:
+                break
+            page.entries.append(row.entry)
+            total += len(row.entry)
+        if not page.entries:
+            raise NotFoundError(f"leaf {first} is missing in the ledger")
+        return page
 
     async def Prove(self, request: log_pb2.ProveRequest, context: Context) -> log_pb2.ProveResponse:
         """A proof of one leaf that can be verified offline."""
@@ -155,10 +167,12 @@ class WitnessService(log_pb2_grpc.WitnessServicer):
         hub.greet(node, first.latest)
         while True:
             need_leader(hub)
+            if hub.asks(node) is None:
+                await hub.changed(LOOK_S, lambda: not hub.leads or hub.asks(node) is not None)
+                await self._callers.cosigner(context)
+                continue
             asked = hub.request_for(node)
             if asked is None:
-                await hub.changed(LOOK_S)
-                await self._callers.cosigner(context)
                 continue
             head, body = asked
             yield log_pb2.WitnessRequest(body=body)

@@ -14,12 +14,15 @@ chain has no holes, so it must stand somewhere. Normative text: protocols/spec/l
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
+from policies.audit.packed import Packed, shared
 from protocols.errors import IntegrityError
 from protocols.identifiers import Digest
 from protocols.tlog.kinds import (
@@ -79,6 +82,27 @@ class Verdict(StrEnum):
 
     CONFIRM = "confirm"
     OBJECTION = "objection"
+
+
+_INDEX: Final = struct.Struct("<Q")
+_COMMITTED: Final = struct.Struct("<QQ32s32s")
+
+
+def _committed(
+    ctx: str | None, index: int, length: int, leaf_hash: bytes, root: bytes
+) -> Committed:
+    return Committed(index=index, leaf_hash=leaf_hash, ctx=ctx, root=root, length=length)
+
+
+def _pack_commits(commits: Mapping[str, Committed]) -> Mapping[str, Committed]:
+    contexts = {found.ctx for found in commits.values()}
+    if len(contexts) > 1:  # of several survivor lists: a coordinator that says two things
+        return commits
+    return Packed(
+        _COMMITTED,
+        partial(_committed, next(iter(contexts), None)),
+        {name: (c.index, c.length, c.leaf_hash, c.root) for name, c in commits.items()},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +281,9 @@ def _start(state: RoundState, said: RoundStart, index: int) -> RoundState:
         "log.ctx",
         "ctx_deal is given exactly in a secure sum",
     )
-    begun = AttemptState(number=said.attempt, start=index, ready=said.ready, ctx_deal=said.ctx_deal)
+    begun = AttemptState(
+        number=said.attempt, start=index, ready=shared(said.ready), ctx_deal=said.ctx_deal
+    )
     return replace(state, attempts=(*state.attempts, begun))
 
 
@@ -271,6 +297,13 @@ def _current(state: RoundState, number: int, what: str) -> AttemptState:
 def _put(state: RoundState, attempt: AttemptState) -> RoundState:
     changed = (attempt if each.number == attempt.number else each for each in state.attempts)
     return replace(state, attempts=tuple(changed))
+
+
+def _put_away(state: RoundState, attempt: AttemptState) -> RoundState:
+    """An attempt that is over: what does not change any more takes less room."""
+    joins = Packed(_INDEX, int, {name: (at,) for name, at in state.joins.items()})
+    packed = replace(attempt, commits=_pack_commits(attempt.commits))
+    return _put(replace(state, joins=joins), packed)
 
 
 def _commit(state: RoundState, said: UpdateCommit, index: int, leaf: Digest) -> RoundState:
@@ -312,7 +345,7 @@ def _survivors(state: RoundState, said: RoundSurvivors, index: int) -> RoundStat
             "log.survivors",
             f"{survivor.node} survives without that update.commit in the log",
         )
-    listed = tuple(survivor.node for survivor in said.survivors)
+    listed = shared(tuple(survivor.node for survivor in said.survivors))
     nodes = set(listed)
     dropped = {lost.node for lost in said.dropped}
     _need(
@@ -352,7 +385,8 @@ def _aggregate(state: RoundState, said: RoundAggregate, index: int) -> RoundStat
             "log.threshold",
             f"a sum over {said.survivors}, the plan asks for {state.plan.secagg.m_min}",
         )
-    return _put(state, replace(attempt, aggregate=said, aggregate_at=index))
+    kept = said.model_copy(update={"included": attempt.survivors})  # the same, kept once
+    return _put(state, replace(attempt, aggregate=kept, aggregate_at=index))
 
 
 def _verdict(state: RoundState, said: RoundConfirm | RoundObjection) -> RoundState:
@@ -388,7 +422,7 @@ def _closed(state: RoundState, said: RoundClosed, index: int) -> RoundState:
         "log.verdicts",
         "round.closed lists other verdicts than the log holds",
     )
-    return _put(state, replace(attempt, closed_at=index))
+    return _put_away(state, replace(attempt, closed_at=index))
 
 
 def _aborted(state: RoundState, said: RoundAborted) -> RoundState:
@@ -408,7 +442,7 @@ def _aborted(state: RoundState, said: RoundAborted) -> RoundState:
             "log.abort_certificate",
             "aborted after an update was handed in, without a quorum of signed aborts",
         )
-    changed = _put(state, replace(attempt, aborted=said))
+    changed = _put_away(state, replace(attempt, aborted=said))
     return replace(changed, ended=said) if said.outcome == "burned" else changed
 
 

@@ -282,6 +282,15 @@ def test_nodes_and_certificates(url):
         assert found.serial == 2**159
         assert await ledger.read("look", lambda tx: tx.certificate(Digest(digest("no")))) is None
 
+        for key, name, standing in (
+            ("key", NODES[0], (True, "suspended")),  # two certificates of this key
+            ("key", NODES[1], (True, "active")),
+            ("key", "nobody", (True, None)),
+            ("no", NODES[0], (False, None)),
+        ):
+            named = Digest(digest(key)), name
+            assert await ledger.read("look", lambda tx, n=named: tx.standing(*n)) == standing
+
     with_ledger(url, story)
 
 
