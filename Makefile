@@ -5,7 +5,7 @@
 #   make faults               every fault in every phase, and docs/faults.md of it; an hour, resumable
 #   make test JOBS=1          one test at a time; two by default, whole files to each
 
-.PHONY: help venv demo test faults slurm-test bench bench-learning bench-peers bench-page load fuzz docs lint fmt proto clean
+.PHONY: help venv demo test faults slurm-test bench bench-learning bench-peers bench-pieces bench-page load fuzz docs lint fmt proto clean
 .DEFAULT_GOAL := help
 
 # The first Python that is new enough and can make environments; or say it: make venv PYTHON=...
@@ -18,7 +18,7 @@ JOBS = 2
 PACKAGES = protocols policies coordinator node_agent infra
 
 help:
-	@echo "make venv | demo | test | faults | slurm-test | bench | bench-learning | bench-peers | bench-page | load | soak | fuzz | docs | lint | fmt | proto | clean   (ARGS=... is passed on)"
+	@echo "make venv | demo | test | faults | slurm-test | bench | bench-learning | bench-peers | bench-pieces | bench-page | load | soak | fuzz | docs | lint | fmt | proto | clean   (ARGS=... is passed on)"
 
 venv: .venv/installed
 
@@ -52,6 +52,10 @@ faults: venv
 
 bench: venv
 	.venv/bin/python -m tests.bench $(ARGS)
+
+# What a whole round is made of, each piece alone, beside the round.
+bench-pieces: venv
+	.venv/bin/python -m tests.bench.pieces $(ARGS)
 
 # Long; every finished row is kept under bench/out/learning. make bench-learning ARGS='--data DIR'
 bench-learning: venv
