@@ -53,7 +53,7 @@ LEASE: Final = "log"
 LEASE_TTL: Final = timedelta(seconds=4)
 RENEW_S: Final = 1.0
 FOLLOW_S: Final = 0.1  # between two looks at what another process published
-GATHER_S: Final = 0.03  # a leaf that nobody waits for may wait so long for company
+GATHER_S: Final = 0.1  # a leaf that nobody waits for may wait so long for company
 BATCH: Final = 1024  # leaves read at once
 HEARTBEAT: Final = timedelta(hours=1)
 RETRY_S: Final = 1.0
@@ -240,14 +240,16 @@ class LogWriter:
         """Take new leaves and sign. Returns whether there was anything to do."""
         tree, now = self.hub.tree, self.clock.now()
         first = tree.size
-        rows = await self.ledger.read("leaves", lambda tx: tx.leaves(first, first + BATCH))
+        end = first + BATCH
+        rows = await self.ledger.read("leaves", lambda tx: tx.leaves(first, end))
         until = asyncio.get_running_loop().time() + GATHER_S
         while rows and len(rows) < BATCH and not any(row.kind in URGENT for row in rows):
             left = until - asyncio.get_running_loop().time()
             if left <= 0:
                 break
             await self.ledger.changed(self.ledger.version(), left)
-            rows = await self.ledger.read("leaves", lambda tx: tx.leaves(first, first + BATCH))
+            more = partial(Tx.leaves, first=first + len(rows), end=end)
+            rows += await self.ledger.read("leaves", more)
         if self.members() != self._members:
             await self._read_policy()
         if not rows:

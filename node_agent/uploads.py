@@ -30,7 +30,7 @@ from node_agent.bulk import (
     unless_stalled,
 )
 from node_agent.client import Connection, rebuild_error
-from node_agent.parts import missing_parts, streams_for
+from node_agent.parts import missing_parts, part_units, streams_for
 from protocols.errors import (
     CorruptStateError,
     MalformedMessageError,
@@ -168,6 +168,8 @@ async def send(
             progress=lambda more: progress(start + more, total), stall_s=stall_s,
         )  # fmt: skip
     else:
+        long = part_units(-(-missing // UNIT), streams)
+        parts = list(missing_parts(start, total, arrived, long))
         await _send_parts(
             connection, path, place, parts, streams, arrived, total,
             progress=progress, stall_s=stall_s,

@@ -83,12 +83,12 @@ def hashing(params: int, share: int, _folder: Path) -> Callable[[], None]:
 
 
 def storing(params: int, share: int, folder: Path) -> Callable[[], None]:
-    """Write what is kept and read it back once: each vector at its node and at the coordinator, the
-    next model at all and the sum at the coordinator, all of it fsynced; the sum at each node, which
-    is not."""
+    """Write what is kept and read it back once: each vector at its node and at the coordinator, sum
+    and next model at the coordinator, all of it fsynced; sum and next model at each node, which in
+    short rounds are not."""
     vector, model = floor.vector_bytes(params), model_bytes(params)
-    durable = [vector] * (2 * NODES + 1) + [model] * (NODES + 1)
-    sizes = durable + [vector] * NODES
+    durable = [vector] * (2 * NODES + 1) + [model]
+    sizes = [*durable, *[vector] * NODES, *[model] * NODES]
     unit = memoryview(os.urandom(UNIT))
 
     def work() -> None:

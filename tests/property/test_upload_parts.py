@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from coordinator import spool as module
 from coordinator.spool import ALL_STREAMS, MAX_STREAMS, Arriving, Spool, streams_allowed
 from node_agent import parts
-from node_agent.parts import GROWTH, LINK, PART_UNITS, SPARE, missing_parts, streams_for
+from node_agent.parts import (
+    GROWTH,
+    LINK,
+    LONG_PARTS,
+    PART_UNITS,
+    SPARE,
+    missing_parts,
+    part_units,
+    streams_for,
+)
 from protocols.errors import DigestMismatchError, MalformedMessageError, OffsetError
 from protocols.tensors.sizes import STREAM_WINDOW
 from protocols.tlog.merkle import leaf_hash
@@ -59,12 +68,12 @@ def right_prefix(path, data):
 
 @given(
     units=st.integers(0, 60), short=st.integers(1, SMALL), start=st.integers(0, 60),
-    arrived=st.sets(st.integers(0, 60)),
+    arrived=st.sets(st.integers(0, 60)), long=st.none() | st.integers(1, 16),
 )  # fmt: skip
-def test_the_parts_are_what_is_missing(units, short, start, arrived):
+def test_the_parts_are_what_is_missing(units, short, start, arrived, long):
     total = 0 if units == 0 else (units - 1) * SMALL + short
     start = min(start, units)
-    made = list(missing_parts(start * SMALL, total, arrived))
+    made = list(missing_parts(start * SMALL, total, arrived, long))
 
     covered = [byte for first, end in made for byte in range(first, end)]
     assert covered == [
@@ -73,7 +82,25 @@ def test_the_parts_are_what_is_missing(units, short, start, arrived):
         if unit not in arrived
         for byte in range(unit * SMALL, min((unit + 1) * SMALL, total))
     ]
-    assert all(first % SMALL == 0 and 0 < end - first <= PART_UNITS * SMALL for first, end in made)
+    most = (PART_UNITS if long is None else long) * SMALL
+    assert all(first % SMALL == 0 and 0 < end - first <= most for first, end in made)
+
+
+@given(units=st.integers(1, 50_000), streams=st.integers(1, 8))
+def test_a_part_is_short_enough_to_be_sent_again_and_long_enough_not_to_wait(units, streams):
+    long = part_units(units, streams)
+    assert PART_UNITS <= long <= LONG_PARTS * PART_UNITS
+    parts = -(-units // long)
+    assert parts >= min(streams, -(-units // PART_UNITS)) // 2  # nearly all streams have work
+    if PART_UNITS < long < LONG_PARTS * PART_UNITS:
+        assert parts <= 2 * streams  # a stream waits once or not at all
+
+
+@pytest.mark.parametrize(
+    ("units", "long"), [(3, 4), (32, 4), (64, 8), (128, 8), (256, 16), (9999, 16)]
+)
+def test_the_parts_of_eight_streams(units, long):
+    assert part_units(units, 8) == long
 
 
 @given(
