@@ -1,7 +1,7 @@
 """``python -m tests.bench.load``: what a coordinator needs in the long run, and for many who ask.
 
-``soak``: 33 nodes play a hundred short rounds with a round log; memory, open files, ledger and log
-are sampled, and a straight line through them says what a round adds. ``pollers``: a thousand nodes
+``soak``: 33 nodes play two hundred short rounds with a round log; memory, open files, ledger and
+log are sampled, and a straight line says what a round adds. ``pollers``: a thousand nodes
 that ask. ``attack``: the figures of ``tests/faults/test_hostile_peer.py``. Figures go to
 ``bench/load.json``; memory that is not flat ends with status 1.
 """
@@ -369,7 +369,7 @@ def main() -> int:
     """Measure, keep, and say whether memory is flat."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.load", description=__doc__)
     parser.add_argument("--only", action="append", choices=PARTS)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--nodes", type=int, default=33)
     parser.add_argument("--params", type=int, default=20_000)
     parser.add_argument("--pollers", type=int, default=1000)
