@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -57,8 +58,10 @@ RING: Final = Ring(20)
 NODES: Final = 4
 METRICS: Final = metric_names(())
 SAID: Final = {**dict.fromkeys(METRICS, 1), "weight": 65_536}
+LEAST_PARAMS: Final = 1000
 SHARES: Final = 2  # processes; the machine has as many cores
 MESSAGE: Final = 2**20
+WAIT_S: Final = 600.0  # for one piece; then its processes are killed
 
 Piece = Callable[[int, int, Path], Callable[[], None]]  # of parameters, share, folder: the work
 
@@ -185,12 +188,13 @@ _OPTIONS: Final = (
 
 async def _serve(params: int, folder: Path) -> None:
     over, message = asyncio.Event(), os.urandom(MESSAGE)
+    count = -(-floor.vector_bytes(params) // MESSAGE)
 
     async def up(messages: AsyncIterator[bytes], _: Any) -> bytes:
         return str(sum([len(message) async for message in messages])).encode()
 
     async def down(_request: bytes, _: Any) -> AsyncIterator[bytes]:
-        for _ in range(floor.vector_bytes(params) // MESSAGE):
+        for _ in range(count):
             yield message
 
     async def end(_request: bytes, _: Any) -> bytes:
@@ -215,17 +219,18 @@ async def _serve(params: int, folder: Path) -> None:
 async def _call(params: int, folder: Path) -> None:
     key, chain, ca = _tls(folder, "node-0")
     credentials = grpc.ssl_channel_credentials(ca, key, chain)
-    message = os.urandom(MESSAGE)
+    message, count = os.urandom(MESSAGE), -(-floor.vector_bytes(params) // MESSAGE)
 
     async def messages() -> AsyncIterator[bytes]:
-        for _ in range(floor.vector_bytes(params) // MESSAGE):
+        for _ in range(count):
             yield message
 
     async def one() -> None:
         async with grpc.aio.secure_channel(address, credentials, options=_OPTIONS) as channel:
-            await channel.stream_unary("/piece/up")(messages(), wait_for_ready=True)
-            async for _ in channel.unary_stream("/piece/down")(b""):
-                pass
+            arrived = int(await channel.stream_unary("/piece/up")(messages(), wait_for_ready=True))
+            came = sum([len(message) async for message in channel.unary_stream("/piece/down")(b"")])
+            if not arrived == came == count * MESSAGE:
+                raise ChildProcessError(f"{arrived} bytes went up and {came} came down")
 
     port = (folder / "port").read_text()
     while not _listens(int(port)):  # noqa: ASYNC110 - it is another process
@@ -254,7 +259,7 @@ def measure(name: str, params: int, work: Path | None) -> float:
     """Seconds from the moment all processes may begin to the moment the last has ended its share.
 
     Raises:
-        ChildProcessError: one of them failed.
+        ChildProcessError: one of them failed, or took too long.
     """
     with tempfile.TemporaryDirectory(prefix="minga-piece-", dir=work) as place:
         folder = Path(place)
@@ -268,6 +273,8 @@ def measure(name: str, params: int, work: Path | None) -> float:
             )
             for share in range(SHARES)
         ]  # fmt: skip
+        too_long = threading.Timer(WAIT_S, lambda: [process.kill() for process in processes])
+        too_long.start()
         try:
             for process in processes:
                 if process.stdout is None or process.stdout.readline() != "ready\n":
@@ -282,6 +289,7 @@ def measure(name: str, params: int, work: Path | None) -> float:
                     raise ChildProcessError(f"{name} failed")
             return time.perf_counter() - begun
         finally:
+            too_long.cancel()
             for process in processes:
                 process.kill()
                 process.communicate()
@@ -341,6 +349,8 @@ def main() -> None:
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.params < LEAST_PARAMS or min(options.repetitions, options.rounds) < 1:
+        parser.error(f"at least {LEAST_PARAMS} parameters, one repetition and one round")
     if options.piece is not None:
         share_of(options.piece, options.params, options.share, options.folder)
         return
@@ -365,8 +375,7 @@ def main() -> None:
         "text": (
             "What a round must hash, send, store and compute, each piece alone on all cores, and a"
             f" whole round in the same run. Hashed beside the models: {bytes_hashed / MB:.0f} MB;"
-            f" this machine's cores hash {found_on['sha256_mb_per_s']} MB/s each when alone: they"
-            " have no instructions for SHA-256."
+            f" one core of this machine hashes {found_on['sha256_mb_per_s']} MB/s alone."
             f" Measured on {found_on['date']} at commit {found_on['commit']}."
         ),
         "rows": rows,

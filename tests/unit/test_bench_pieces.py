@@ -19,6 +19,13 @@ def test_a_piece_that_fails_is_no_figure(tmp_path, monkeypatch):
         pieces.measure("sending", 200_000, tmp_path)
 
 
+def test_a_piece_of_which_one_process_hangs_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "WAIT_S", 4.0)
+    monkeypatch.setattr(pieces, "free_port", lambda: "0")  # nobody answers there
+    with pytest.raises(ChildProcessError, match="sending"):
+        pieces.measure("sending", 200_000, tmp_path)
+
+
 def test_the_page_says_what_the_pieces_and_the_rest_take():
     found = {"adding": [1.0], "hashing": [2.0, 1.0, 9.0], "storing": [4.0]}
     lines = pieces.rows_of(found, [10.0, 8.0, 12.0], 25_000_000)
