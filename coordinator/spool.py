@@ -15,10 +15,11 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from coordinator.blobs import storage_errors, sync_folder
 from protocols.errors import (
@@ -35,6 +36,7 @@ from protocols.tlog.merkle import leaf_hash
 MAX_MESSAGE = 2**20  # bytes of payload in one raw message
 MAX_STREAMS = 8  # that bring one upload
 ALL_STREAMS = 32  # that bring uploads, as long as there is one for each
+AHEAD = 2  # parts of one stream: the next one comes while the one before is answered
 _TAKE_OVERS = 3  # newer streams may come while an older one ends
 MAX_KNOWN = 4096  # files whose units are remembered; of others it is read back
 
@@ -123,6 +125,7 @@ class Spool:
         messages: AsyncIterator[bytes],
         *,
         end: int | None = None,
+        source: str = "",
     ) -> int:
         """Write a stream of messages from ``offset`` on; return the durable offset.
 
@@ -132,6 +135,7 @@ class Spool:
             messages: at most ``MAX_MESSAGE`` bytes each.
             end: where it ends, if other streams may bring other parts at the same time; None: it
                 goes to the end of the file and is alone.
+            source: the connection that it comes on.
 
         Raises:
             OffsetError: a stream that is alone does not begin at the durable offset, another one
@@ -146,9 +150,9 @@ class Spool:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("receive needs a task")
-        await self._take_over(arriving.path, part, alone=end is None)
+        await self._take_over(arriving.path, part, source, alone=end is None)
         opened = self._open.setdefault(arriving.path, _Open())
-        opened.streams[task] = part
+        opened.streams[task] = _Part(part, source)
         try:
             known = await self._known(arriving)
             if offset < known.durable or (end is None and offset != known.durable):
@@ -178,15 +182,14 @@ class Spool:
                 if self._open.get(arriving.path) is opened:
                     del self._open[arriving.path]
 
-    async def _take_over(self, path: Path, part: range, *, alone: bool) -> None:
-        """End the older streams that write where this one will, or are too many beside it."""
+    async def _take_over(self, path: Path, part: range, source: str, *, alone: bool) -> None:
+        """End the older parts that write where this one will, or are too many beside it."""
         for _ in range(_TAKE_OVERS):
             opened = self._open.get(path)
-            streams = opened.streams if opened is not None else {}
-            older = {task for task, other in streams.items() if alone or _overlap(part, other)}
-            spare = self._allowed.get(path, MAX_STREAMS) - 1 - (len(streams) - len(older))
-            if spare < 0:  # more than were allowed: the oldest may be half-open
-                older.update([task for task in streams if task not in older][:-spare])
+            parts = opened.streams if opened is not None else {}
+            older = {task for task, other in parts.items() if alone or _overlap(part, other.units)}
+            left = {task: other.source for task, other in parts.items() if task not in older}
+            older |= too_many(left, source, self._allowed.get(path, MAX_STREAMS))
             if not older:
                 return
             for task in older:
@@ -199,6 +202,32 @@ def streams_allowed(others: int) -> int:
     """How many streams one upload may use beside ``others`` that are arriving: each may have a
     receive window of data under way, and all of them together should not have more than so much."""
     return max(1, min(MAX_STREAMS, ALL_STREAMS // (others + 1)))
+
+
+K = TypeVar("K", bound=Hashable)
+
+
+def too_many(parts: Mapping[K, str], source: str, allowed: int) -> set[K]:
+    """Which parts of a file must end before another one begins; the oldest may be half-open.
+
+    Args:
+        parts: that are being written, in the order in which they began, and the stream (the
+            connection) of each.
+        source: the stream of the one that begins.
+        allowed: streams of this file, at least 1.
+
+    Returns:
+        So many, from the oldest on, that ``AHEAD`` of each stream and ``allowed`` streams stay,
+        the new part counted.
+    """
+    streams: dict[str, list[K]] = {}
+    for part, stream in parts.items():
+        streams.setdefault(stream, []).append(part)
+    mine = streams.pop(source, [])
+    ending = mine[: max(0, len(mine) - (AHEAD - 1))]
+    for stream in list(streams)[: max(0, len(streams) - (allowed - 1))]:
+        ending += streams[stream]
+    return set(ending)
 
 
 def _part(arriving: Arriving, offset: int, end: int | None) -> range:
@@ -261,11 +290,17 @@ class _Verified:
         self._beyond.difference_update(units)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    units: range  # that it brings
+    source: str  # the connection that it comes on
+
+
 class _Open:
     """A file that streams of this process are writing, under one lock."""
 
     def __init__(self) -> None:
-        self.streams: dict[asyncio.Task[object], range] = {}  # units that each brings
+        self.streams: dict[asyncio.Task[object], _Part] = {}
         self.fd = -1
 
     def open(self, path: Path) -> None:

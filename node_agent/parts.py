@@ -16,10 +16,10 @@ from typing import Final
 from protocols.tensors.sizes import STREAM_WINDOW, UNIT
 
 LINK: Final = 125e6  # bytes per second that are worth filling: 1 Gb/s
-PART_UNITS: Final = 4  # units of one part, at least where there are as many
-LONG_PARTS: Final = 4  # times that, at most: what is sent again when a stream breaks
+PART_UNITS: Final = 4  # units of one part, at least, where a stream waits behind each for an answer
+LONG_UNITS: Final = 16  # units of one part, at most: what is sent again when a stream breaks
 GROWTH: Final = 1.5  # the link may be so much faster than the last upload was
-SPARE: Final = 1.25  # streams more than fill the link: each waits a round trip between two parts
+SPARE: Final = 1.25  # streams more than fill the link: not each is always under way
 
 
 def streams_for(*, round_trip_s: float, allowed: int, parts: int, rate: float = math.inf) -> int:
@@ -28,7 +28,7 @@ def streams_for(*, round_trip_s: float, allowed: int, parts: int, rate: float = 
     Args:
         round_trip_s: the quickest answer of late; infinite: nothing was answered yet.
         allowed: by the receiver; 0 as from an older one: one.
-        parts: that are missing.
+        parts: that are missing, as short as they may be.
         rate: of the last upload, bytes per second; infinite: none was measured, and the link is
             taken for one of ``LINK`` bytes per second.
 
@@ -42,24 +42,26 @@ def streams_for(*, round_trip_s: float, allowed: int, parts: int, rate: float = 
     return max(1, min(wanted, allowed, parts))
 
 
-def part_units(units: int, streams: int) -> int:
-    """How long a part should be: a stream waits a round trip and a sync behind each of them.
+def part_units(units: int, streams: int, *, least: int = PART_UNITS) -> int:
+    """How long the next part should be: half of a stream's share of what is left.
+
+    So the first parts are long and the last ones short: all streams end at about the same time,
+    whichever of them is slow, and few parts have to be asked for (guided self-scheduling;
+    Polychronopoulos and Kuck, 1987).
 
     Args:
-        units: that are missing.
-        streams: that will bring them.
+        units: that nobody has begun to send.
+        streams: that bring them.
+        least: units, if there are as many.
 
     Returns:
-        Units: each stream's share at once if that is short, half of it if it is not, so that a
-        quick stream can take what a slow one has not begun.
+        Units, from ``least`` to ``LONG_UNITS``.
     """
-    share = math.ceil(units / streams)
-    wanted = share if share <= 2 * PART_UNITS else math.ceil(share / 2)
-    return max(PART_UNITS, min(wanted, LONG_PARTS * PART_UNITS))
+    return max(least, min(math.ceil(units / (2 * streams)), LONG_UNITS))
 
 
 def missing_parts(
-    start: int, total: int, arrived: Container[int], units: int | None = None
+    start: int, total: int, arrived: Container[int], streams: int, *, least: int = PART_UNITS
 ) -> Iterator[tuple[int, int]]:
     """The parts that are still to be sent, in order: first byte, and one past the last.
 
@@ -67,15 +69,13 @@ def missing_parts(
         start: bytes that are durable from the beginning; whole units.
         total: of the file.
         arrived: units beyond ``start`` that are durable as well.
-        units: of a part, at most; None: ``PART_UNITS``.
+        streams: that bring them.
+        least: units of a part, if there are as many in a row.
     """
-    first: int | None = None
-    most = PART_UNITS if units is None else units
-    for unit in range(start // UNIT, -(-total // UNIT)):
-        if first is not None and (unit in arrived or unit - first == most):
-            yield first * UNIT, unit * UNIT
-            first = None
-        if first is None and unit not in arrived:
-            first = unit
-    if first is not None:
-        yield first * UNIT, total
+    units = [unit for unit in range(start // UNIT, -(-total // UNIT)) if unit not in arrived]
+    at = 0
+    while at < len(units):
+        first, stop = at, at + part_units(len(units) - at, streams, least=least)
+        while at < min(stop, len(units)) and units[at] - units[first] == at - first:
+            at += 1
+        yield units[first] * UNIT, min((units[at - 1] + 1) * UNIT, total)

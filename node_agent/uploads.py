@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from node_agent.bulk import (
     unless_stalled,
 )
 from node_agent.client import Connection, rebuild_error
-from node_agent.parts import missing_parts, part_units, streams_for
+from node_agent.parts import PART_UNITS, missing_parts, streams_for
 from protocols.errors import (
     CorruptStateError,
     MalformedMessageError,
@@ -124,6 +124,7 @@ class Place:
 
 
 APPEND: Final = "/minga.v1.Bulk/Append"
+MOST_AHEAD: Final = 2  # parts of a connection: one is sent while the one before is answered
 RATED: Final = 8 * 2**20  # bytes: of fewer the time says little about the link
 
 
@@ -153,25 +154,26 @@ async def send(
         CorruptStateError: the file is shorter than it was.
     """
     start, total = int(state.durable), int(state.total)
-    parts = list(missing_parts(start, total, arrived))
+    ahead = min(MOST_AHEAD, max(1, int(state.ahead)))
+    least = 1 if ahead > 1 else PART_UNITS
+    missing = sum(end - offset for offset, end in missing_parts(start, total, arrived, 1))
     streams = streams_for(
         round_trip_s=connection.round_trip_s,
         allowed=int(state.streams),
-        parts=len(parts),
+        parts=-(-missing // (least * UNIT)),
         rate=connection.upload_rate,
     )
     now = asyncio.get_running_loop().time
-    begun, missing = now(), sum(end - offset for offset, end in parts)
+    begun = now()
     if streams == 1 and not arrived:
         await _append(
             connection, connection.channel, path, place, start, total, alone=True,
             progress=lambda more: progress(start + more, total), stall_s=stall_s,
         )  # fmt: skip
     else:
-        long = part_units(-(-missing // UNIT), streams)
-        parts = list(missing_parts(start, total, arrived, long))
+        parts = list(missing_parts(start, total, arrived, streams, least=least))
         await _send_parts(
-            connection, path, place, parts, streams, arrived, total,
+            connection, path, place, parts, streams, ahead, arrived, total,
             progress=progress, stall_s=stall_s,
         )  # fmt: skip
     if missing >= RATED and now() > begun:
@@ -184,6 +186,7 @@ async def _send_parts(
     place: Place,
     parts: Sequence[tuple[int, int]],
     streams: int,
+    ahead: int,
     arrived: set[int],
     total: int,
     *,
@@ -197,23 +200,53 @@ async def _send_parts(
         sent[part] = more
         progress(before + sum(sent.values()), total)
 
-    async def work(channel: grpc.aio.Channel, waiting: Iterator[tuple[int, int]]) -> None:
-        for part in waiting:
-            await _append(
-                connection, channel, path, place, *part, alone=False,
-                progress=partial(count, part), stall_s=stall_s,
-            )  # fmt: skip
-            arrived.update(range(part[0] // UNIT, -(-part[1] // UNIT)))
+    async def work(channel: grpc.aio.Channel, sending: asyncio.Lock) -> None:
+        while True:
+            async with _Turn(sending) as turn:
+                part = next(waiting, None)
+                if part is None:
+                    return
+                await _append(
+                    connection, channel, path, place, *part, alone=False,
+                    progress=partial(count, part), sent=turn.end, stall_s=stall_s,
+                )  # fmt: skip
+                arrived.update(range(part[0] // UNIT, -(-part[1] // UNIT)))
 
     waiting = iter(parts)  # shared: whoever is free takes the next
     async with connection.channels(streams) as channels:
-        tasks = [asyncio.ensure_future(work(channel, waiting)) for channel in channels]
+        tasks = [
+            asyncio.ensure_future(work(channel, sending))
+            for channel, sending in [(channel, asyncio.Lock()) for channel in channels]
+            for _ in range(ahead)  # one of them sends while the others wait for their answers
+        ]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+
+class _Turn:
+    """One part of a connection at a time is sent; the next one need not wait for its answer."""
+
+    def __init__(self, sending: asyncio.Lock) -> None:
+        self._sending = sending
+        self._mine = False
+
+    async def __aenter__(self) -> _Turn:
+        await self._sending.acquire()
+        self._mine = True
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Everything is sent. Again: nothing happens."""
+        if self._mine:
+            self._mine = False
+            self._sending.release()
 
 
 async def _append(
@@ -227,8 +260,11 @@ async def _append(
     alone: bool,
     progress: Callable[[int], None],
     stall_s: float,
+    sent: Callable[[], None] = lambda: None,
 ) -> int:
     """Stream bytes [offset, end) of a file; return the offset that is durable there.
+
+    ``sent`` is called when the last of them went out, before they are answered.
 
     When the other side ends the call while we write, grpc.aio reports that the write failed and
     loses the reason. An append of nothing, which writes nothing, brings the reason out.
@@ -247,6 +283,7 @@ async def _append(
                 at += len(data)
                 watch.moved = at
                 progress(at - offset)
+            sent()
         finally:
             os.close(descriptor)
 

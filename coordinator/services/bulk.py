@@ -24,7 +24,7 @@ from coordinator.ledger import Ledger, Tx
 from coordinator.rounds import advance
 from coordinator.secure_sum import check_uploaded
 from coordinator.services.caller import Callers
-from coordinator.spool import MAX_MESSAGE, Arriving, Spool, upload_path
+from coordinator.spool import AHEAD, MAX_MESSAGE, Arriving, Spool, upload_path
 from policies.privacy.claim import claim_of
 from protocols.errors import (
     ConflictingUploadError,
@@ -180,6 +180,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
             total=header.size,
             complete=complete,
             streams=self._spool.allow_streams(arriving, expected=len(others)),
+            ahead=AHEAD,
         )
 
     async def FinishUpload(
@@ -258,7 +259,9 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
         self._spool.check_room(max(0, (header.size if end is None else end) - offset))
         received = _Counted(messages, lambda: self._callers.node(context))
         try:
-            durable = await self._spool.receive(arriving, offset, received, end=end)
+            durable = await self._spool.receive(
+                arriving, offset, received, end=end, source=context.peer()
+            )
         finally:
             if received.bytes:
                 await self._ledger.run(
@@ -338,6 +341,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
             total=request.size,
             complete=durable == request.size,
             streams=self._spool.allow_streams(arriving),
+            ahead=AHEAD,
         )
 
     async def put(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
@@ -349,7 +353,7 @@ class BulkService(bulk_pb2_grpc.BulkServicer):
         if arriving is None:
             raise NotFoundError("announce the blob with BeginPut first")
         durable = await self._spool.receive(
-            arriving, _offset(metadata), messages, end=_end(metadata)
+            arriving, _offset(metadata), messages, end=_end(metadata), source=context.peer()
         )
         # The stream that brings the last part names the blob; others see it complete as well.
         # Somebody may have asked how far it got meanwhile, so it need not be this announcement.

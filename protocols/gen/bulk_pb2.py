@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nbulk.proto\x12\x08minga.v1\"L\n\x12\x42\x65ginUploadRequest\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x13\n\x0bunit_hashes\x18\x03 \x03(\x0c\"c\n\x0bUploadState\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x64urable\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x0f\n\x07streams\x18\x05 \x01(\r\"6\n\x13\x46inishUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\x12\x0c\n\x04leaf\x18\x02 \x01(\x0c\"\x1a\n\x07Receipt\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"%\n\x13\x44\x65scribeBlobRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"=\n\x08\x42lobInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x13\n\x0bunit_hashes\x18\x03 \x03(\x0c\x32\x86\x02\n\x04\x42ulk\x12\x42\n\x0b\x42\x65ginUpload\x12\x1c.minga.v1.BeginUploadRequest\x1a\x15.minga.v1.UploadState\x12@\n\x0c\x46inishUpload\x12\x1d.minga.v1.FinishUploadRequest\x1a\x11.minga.v1.Receipt\x12\x41\n\x0c\x44\x65scribeBlob\x12\x1d.minga.v1.DescribeBlobRequest\x1a\x12.minga.v1.BlobInfo\x12\x35\n\x08\x42\x65ginPut\x12\x12.minga.v1.BlobInfo\x1a\x15.minga.v1.UploadStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nbulk.proto\x12\x08minga.v1\"L\n\x12\x42\x65ginUploadRequest\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x13\n\x0bunit_hashes\x18\x03 \x03(\x0c\"r\n\x0bUploadState\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x64urable\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x0f\n\x07streams\x18\x05 \x01(\r\x12\r\n\x05\x61head\x18\x06 \x01(\r\"6\n\x13\x46inishUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\x12\x0c\n\x04leaf\x18\x02 \x01(\x0c\"\x1a\n\x07Receipt\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"%\n\x13\x44\x65scribeBlobRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"=\n\x08\x42lobInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x13\n\x0bunit_hashes\x18\x03 \x03(\x0c\x32\x86\x02\n\x04\x42ulk\x12\x42\n\x0b\x42\x65ginUpload\x12\x1c.minga.v1.BeginUploadRequest\x1a\x15.minga.v1.UploadState\x12@\n\x0c\x46inishUpload\x12\x1d.minga.v1.FinishUploadRequest\x1a\x11.minga.v1.Receipt\x12\x41\n\x0c\x44\x65scribeBlob\x12\x1d.minga.v1.DescribeBlobRequest\x1a\x12.minga.v1.BlobInfo\x12\x35\n\x08\x42\x65ginPut\x12\x12.minga.v1.BlobInfo\x1a\x15.minga.v1.UploadStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,15 +34,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BEGINUPLOADREQUEST']._serialized_start=24
   _globals['_BEGINUPLOADREQUEST']._serialized_end=100
   _globals['_UPLOADSTATE']._serialized_start=102
-  _globals['_UPLOADSTATE']._serialized_end=201
-  _globals['_FINISHUPLOADREQUEST']._serialized_start=203
-  _globals['_FINISHUPLOADREQUEST']._serialized_end=257
-  _globals['_RECEIPT']._serialized_start=259
-  _globals['_RECEIPT']._serialized_end=285
-  _globals['_DESCRIBEBLOBREQUEST']._serialized_start=287
-  _globals['_DESCRIBEBLOBREQUEST']._serialized_end=324
-  _globals['_BLOBINFO']._serialized_start=326
-  _globals['_BLOBINFO']._serialized_end=387
-  _globals['_BULK']._serialized_start=390
-  _globals['_BULK']._serialized_end=652
+  _globals['_UPLOADSTATE']._serialized_end=216
+  _globals['_FINISHUPLOADREQUEST']._serialized_start=218
+  _globals['_FINISHUPLOADREQUEST']._serialized_end=272
+  _globals['_RECEIPT']._serialized_start=274
+  _globals['_RECEIPT']._serialized_end=300
+  _globals['_DESCRIBEBLOBREQUEST']._serialized_start=302
+  _globals['_DESCRIBEBLOBREQUEST']._serialized_end=339
+  _globals['_BLOBINFO']._serialized_start=341
+  _globals['_BLOBINFO']._serialized_end=402
+  _globals['_BULK']._serialized_start=405
+  _globals['_BULK']._serialized_end=667
 # @@protoc_insertion_point(module_scope)

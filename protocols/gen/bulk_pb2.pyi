@@ -17,18 +17,20 @@ class BeginUploadRequest(_message.Message):
     def __init__(self, header: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class UploadState(_message.Message):
-    __slots__ = ("upload_id", "durable", "total", "complete", "streams")
+    __slots__ = ("upload_id", "durable", "total", "complete", "streams", "ahead")
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_FIELD_NUMBER: _ClassVar[int]
     upload_id: bytes
     durable: int
     total: int
     complete: bool
     streams: int
-    def __init__(self, upload_id: _Optional[bytes] = ..., durable: _Optional[int] = ..., total: _Optional[int] = ..., complete: _Optional[bool] = ..., streams: _Optional[int] = ...) -> None: ...
+    ahead: int
+    def __init__(self, upload_id: _Optional[bytes] = ..., durable: _Optional[int] = ..., total: _Optional[int] = ..., complete: _Optional[bool] = ..., streams: _Optional[int] = ..., ahead: _Optional[int] = ...) -> None: ...
 
 class FinishUploadRequest(_message.Message):
     __slots__ = ("upload_id", "leaf")

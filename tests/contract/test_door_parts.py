@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from coordinator.ca import certificate_pem, key_pem
-from node_agent import parts, uploads
+from node_agent import uploads
 from node_agent.client import Connection
 from node_agent.keys import TlsIdentity
 from node_agent.uploads import Announcement, upload
@@ -113,9 +113,8 @@ def connection(door):
 
 @pytest.fixture
 def far(monkeypatch):
-    """As if the coordinator were far away, and parts small; what was sent, in bytes."""
+    """As if the coordinator were far away."""
     monkeypatch.setattr(Connection, "round_trip_s", 0.3)
-    monkeypatch.setattr(parts, "PART_UNITS", 1)
 
 
 def announcement(vector):
@@ -163,6 +162,46 @@ def test_a_node_far_away_sends_several_parts_at_once(
     assert kept(door, vector) == vector.data
     traffic = door.ledger(lambda tx: tx.traffic(vector.plan.run_id))
     assert [row.up for row in traffic] == [len(vector.data)]
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_the_next_part_of_a_connection_does_not_wait_for_the_answer_of_the_one_before(
+    door, client, vector, far, tmp_path, monkeypatch, ahead
+):
+    path = tmp_path / "vector"
+    path.write_bytes(vector.data)
+    events = []  # what happened, on which connection
+    real = uploads._append
+
+    async def seen(*arguments, sent, **named):
+        channel = id(arguments[1])
+
+        def also():
+            events.append(("sent", channel))
+            sent()
+
+        events.append(("begun", channel))
+        try:
+            return await real(*arguments, sent=also, **named)
+        finally:
+            events.append(("answered", channel))
+
+    monkeypatch.setattr(uploads, "_append", seen)
+    monkeypatch.setattr(uploads, "MOST_AHEAD", ahead)  # 1: as an older coordinator grants
+    monkeypatch.setattr(uploads, "streams_for", lambda **_: 2)
+    monkeypatch.setattr(uploads, "PART_UNITS", 1)
+    assert play(door, vector, path, lambda *_: None) == vector.header().receipt
+    channels = [[what for what, at in events if at == one] for one in {at for _, at in events}]
+    assert sorted(map(len, channels)) == [3, 6]  # three parts over two connections
+    one_by_one = ["begun", "sent", "answered"] * 2
+    overlapped = ["begun", "sent", "begun", "answered", "sent", "answered"]
+    found = max(channels, key=len)
+    if ahead == 1:
+        assert found == one_by_one
+    else:
+        assert found != one_by_one
+        assert found[:3] == overlapped[:3]
+    assert kept(door, vector) == vector.data
 
 
 def test_what_arrived_before_a_stream_broke_is_not_sent_again(

@@ -15,13 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator import spool as module
-from coordinator.spool import ALL_STREAMS, MAX_STREAMS, Arriving, Spool, streams_allowed
+from coordinator.spool import (
+    AHEAD,
+    ALL_STREAMS,
+    MAX_STREAMS,
+    Arriving,
+    Spool,
+    streams_allowed,
+    too_many,
+)
 from node_agent import parts
 from node_agent.parts import (
     GROWTH,
     LINK,
-    LONG_PARTS,
-    PART_UNITS,
+    LONG_UNITS,
     SPARE,
     missing_parts,
     part_units,
@@ -68,12 +75,12 @@ def right_prefix(path, data):
 
 @given(
     units=st.integers(0, 60), short=st.integers(1, SMALL), start=st.integers(0, 60),
-    arrived=st.sets(st.integers(0, 60)), long=st.none() | st.integers(1, 16),
+    arrived=st.sets(st.integers(0, 60)), streams=st.integers(1, 8), least=st.integers(1, 8),
 )  # fmt: skip
-def test_the_parts_are_what_is_missing(units, short, start, arrived, long):
+def test_the_parts_are_what_is_missing(units, short, start, arrived, streams, least):
     total = 0 if units == 0 else (units - 1) * SMALL + short
     start = min(start, units)
-    made = list(missing_parts(start * SMALL, total, arrived, long))
+    made = list(missing_parts(start * SMALL, total, arrived, streams, least=least))
 
     covered = [byte for first, end in made for byte in range(first, end)]
     assert covered == [
@@ -82,25 +89,37 @@ def test_the_parts_are_what_is_missing(units, short, start, arrived, long):
         if unit not in arrived
         for byte in range(unit * SMALL, min((unit + 1) * SMALL, total))
     ]
-    most = (PART_UNITS if long is None else long) * SMALL
-    assert all(first % SMALL == 0 and 0 < end - first <= most for first, end in made)
+    lengths = [-(-(end - first) // SMALL) for first, end in made]
+    assert all(first % SMALL == 0 for first, _ in made)
+    assert all(0 < length <= LONG_UNITS for length in lengths)
+    if not arrived:  # nothing but the last part is shorter than asked for, and none grows
+        assert all(length >= least for length in lengths[:-1])
+        assert lengths == sorted(lengths, reverse=True)
 
 
-@given(units=st.integers(1, 50_000), streams=st.integers(1, 8))
-def test_a_part_is_short_enough_to_be_sent_again_and_long_enough_not_to_wait(units, streams):
-    long = part_units(units, streams)
-    assert PART_UNITS <= long <= LONG_PARTS * PART_UNITS
-    parts = -(-units // long)
-    assert parts >= min(streams, -(-units // PART_UNITS)) // 2  # nearly all streams have work
-    if PART_UNITS < long < LONG_PARTS * PART_UNITS:
-        assert parts <= 2 * streams  # a stream waits once or not at all
+@given(units=st.integers(1, 50_000), streams=st.integers(1, 8), seed=st.integers(0, 2**32))
+def test_all_streams_end_at_about_the_same_time(units, streams, seed):
+    """Each takes the next part when it is free; their speeds differ up to three times."""
+    rng = Random(seed)
+    speeds = [rng.uniform(1, 3) for _ in range(streams)]
+    free = [0.0] * streams
+    left, parts = units, 0
+    while left:
+        stream = free.index(min(free))
+        length = min(part_units(left, streams, least=1), left)
+        free[stream] += length / speeds[stream]
+        left, parts = left - length, parts + 1
+    busy = [at for at in free if at]
+    assert max(free) - min(busy) <= LONG_UNITS
+    if units > 2 * LONG_UNITS * streams:  # what is lost at the end is a small share of the whole
+        assert max(free) <= 1.1 * units / sum(speeds) + 1
+    assert parts <= units / LONG_UNITS + 8 * streams + 2
 
 
-@pytest.mark.parametrize(
-    ("units", "long"), [(3, 4), (32, 4), (64, 8), (128, 8), (256, 16), (9999, 16)]
-)
-def test_the_parts_of_eight_streams(units, long):
-    assert part_units(units, 8) == long
+@pytest.mark.parametrize(("left", "long"), [(3, 1), (32, 2), (64, 4), (128, 8), (9999, 16)])
+def test_the_next_part_of_eight_streams(left, long):
+    assert part_units(left, 8, least=1) == long
+    assert part_units(left, 8) == max(4, long)
 
 
 @given(
@@ -134,6 +153,26 @@ def test_all_uploads_together_have_few_streams_unless_they_have_one_each(counts)
         allowed = streams_allowed(others)
         assert 1 <= allowed <= MAX_STREAMS
         assert allowed == 1 or allowed * (others + 1) <= ALL_STREAMS
+
+
+@given(
+    begun=st.lists(st.sampled_from("abcdef"), max_size=20),
+    source=st.sampled_from("abcdefg"), allowed=st.integers(1, 8),
+)  # fmt: skip
+def test_the_oldest_end_until_a_connection_has_few_parts_and_an_upload_few_connections(
+    begun, source, allowed
+):
+    parts = dict(enumerate(begun))
+    ended = too_many(parts, source, allowed)
+    left = [stream for part, stream in parts.items() if part not in ended]
+
+    assert left.count(source) == min(begun.count(source), AHEAD - 1)
+    others = list(dict.fromkeys(stream for stream in begun if stream != source))
+    assert set(left) - {source} == set(others[max(0, len(others) - (allowed - 1)) :])
+    for stream in others:  # a connection is given up as a whole or not at all
+        assert left.count(stream) in {0, begun.count(stream)}
+    mine = [part for part, stream in parts.items() if stream == source]
+    assert [part for part in mine if part in ended] == mine[: len(mine) - left.count(source)]
 
 
 # -- the spool -------------------------------------------------------------------------------------
@@ -305,22 +344,26 @@ def test_who_is_asked_at_once_is_not_told_that_it_is_alone(tmp_path_factory, nod
     assert sum(granted) <= max(ALL_STREAMS, nodes)
 
 
-def test_of_more_streams_than_were_allowed_the_oldest_ends(tmp_path):
+@pytest.mark.parametrize(
+    ("source", "granted"), [("each its own {}".format, 2), ("the same".format, 8)]
+)
+def test_of_more_streams_or_parts_than_were_allowed_the_oldest_ends(tmp_path, source, granted):
     data = bytes(range(4 * SMALL))
     arriving = announced(tmp_path / "vector", data)
 
     async def play():
         spool = Spool(tmp_path, min_free_bytes=0)
         never = asyncio.Event()
-        assert spool.allow_streams(arriving, expected=ALL_STREAMS // 2 - 1) == 2
+        assert spool.allow_streams(arriving, expected=ALL_STREAMS // granted - 1) == granted
 
         def bring(unit):
             at = unit * SMALL
             return asyncio.ensure_future(
                 spool.receive(
-                    arriving, at, stream(data, at, at + 4, step=4, then=never.wait), end=at + SMALL
+                    arriving, at, stream(data, at, at + 4, step=4, then=never.wait),
+                    end=at + SMALL, source=source(unit),
                 )
-            )
+            )  # fmt: skip
 
         tasks = []
         for unit in range(4):

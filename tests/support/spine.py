@@ -74,6 +74,9 @@ class FakeContext:
     def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return self.metadata
 
+    def peer(self) -> str:
+        return f"ipv4:{self.identity.name}"
+
 
 def as_context(identity: Identity, **metadata: str | bytes) -> grpc.aio.ServicerContext:
     """A context with lower-case metadata names, underscores for hyphens."""
