@@ -54,13 +54,13 @@ from coordinator.limits import Limits
 from policies.privacy.budget import Allowance, midnight
 from policies.privacy.caps import EVERYBODY, Cap
 from policies.privacy.sensitivity import Unit
+from protocols.decimals import split_address
 from protocols.errors import ConfigurationError
 from protocols.identifiers import FederationId, parse_federation_id, parse_node_id
 
 
 def _address(value: str) -> str:
-    host, colon, port = value.rpartition(":")
-    if not host or not colon or not port.isdigit() or int(port) > 65535:
+    if split_address(value) is None:
         raise ValueError("an address is HOST:PORT")
     return value
 

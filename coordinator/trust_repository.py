@@ -38,6 +38,7 @@ from policies.offices import count_in_office
 from policies.releases import Reported, check_released
 from policies.trust import Change
 from protocols.crypto.signatures import public_bytes
+from protocols.decimals import read_decimal
 from protocols.errors import ConfigurationError, FederationError, NotFoundError
 from protocols.governance import roles
 from protocols.governance.building import (
@@ -483,9 +484,10 @@ class TrustRepository:
 def _version_of(name: str) -> tuple[str, int]:
     """Role and version of a metadata file; version 0 for what has none."""
     version, dot, role = name.removeprefix("metadata/").removesuffix(".json").partition(".")
-    if not name.startswith("metadata/") or not dot or not version.isdigit():
+    number = read_decimal(version, most=2**53)
+    if not name.startswith("metadata/") or not dot or number is None:
         return "", 0
-    return role, int(version)
+    return role, number
 
 
 def _published(files: Mapping[str, bytes], speakers: Speakers) -> tuple[PublishedFile, ...]:

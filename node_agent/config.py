@@ -88,6 +88,7 @@ from node_agent.launchers.slurm_config import LauncherConfig
 from node_agent.resources import ResourcesConfig
 from policies.privacy.budget import Allowance, midnight
 from policies.privacy.sensitivity import Unit
+from protocols.decimals import split_address
 from protocols.errors import ConfigurationError
 from protocols.identifiers import (
     FederationId,
@@ -101,8 +102,8 @@ from protocols.plan import MODES, Mode
 
 def parse_address(value: str) -> str:
     """Check HOST:PORT; an IPv6 host stands in brackets."""
-    host, colon, port = value.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    found = split_address(value)
+    if found is None or found[1] == 0:
         raise ValueError(f"an address is HOST:PORT, got {value!r:.80}")
     return value
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from node_agent.config import NodeFolder
+from protocols.decimals import read_decimal
 from protocols.errors import LedgerBusyError
 
 
@@ -60,7 +61,7 @@ def lock_holder(folder: NodeFolder) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         text = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-        return int(text) if text.isdigit() else 0
+        return read_decimal(text, most=2**31) or 0
     else:
         return None
     finally:

@@ -23,6 +23,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from protocols.decimals import read_decimal
 from protocols.errors import ConfigurationError, CorruptStateError, StorageFullError
 from protocols.tlog.note import KeyRing, KeyType, Note, SignatureLine, SignerKey
 from protocols.tlog.text import decode_base64, encode_base64
@@ -242,15 +243,15 @@ def serve_http(witness: Witness, host: str, port: int) -> ThreadingHTTPServer:
         timeout = 20.0
 
         def do_POST(self) -> None:
-            size = self.headers.get("Content-Length", "")
+            size = read_decimal(self.headers.get("Content-Length", ""), most=MAX_REQUEST)
             if self.path != "/add-checkpoint":
                 self._send(404, b"", TEXT_CONTENT_TYPE)
-            elif not size.isdigit() or int(size) > MAX_REQUEST:
+            elif size is None:
                 self.close_connection = True
                 self._send(400, b"no length, or too long\n", TEXT_CONTENT_TYPE)
             else:
                 try:
-                    said = witness.add(self.rfile.read(int(size)))
+                    said = witness.add(self.rfile.read(size))
                 except StorageFullError as error:
                     self._send(503, f"{error}\n".encode(), TEXT_CONTENT_TYPE)
                     return

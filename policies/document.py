@@ -22,8 +22,8 @@ from protocols.identifiers import parse_federation_id, parse_node_id
 
 MAX_NUMBER: Final = 2**40
 MAX_POLICY: Final = 2**20  # bytes of one policy document
-_UTC: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-_CLOCK: Final = re.compile(r"([01]\d|2[0-3]):[0-5]\d|24:00")
+_UTC: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
+_CLOCK: Final = re.compile(r"([01]\d|2[0-3]):[0-5]\d|24:00", re.ASCII)
 MINUTES: Final = 24 * 60  # of a day
 
 

@@ -21,6 +21,7 @@ from policies.consortium import ConsortiumPolicy
 from policies.decision import Refused
 from policies.overrides import Override, check_override_terms
 from policies.policy_words import KEYS
+from protocols.decimals import read_decimal
 from protocols.errors import FederationError
 from protocols.governance.documents import Admins, Members, parse_time
 
@@ -31,7 +32,7 @@ CHAPTERS: Final = (
 )  # fmt: skip
 EXPIRES_SOON: Final = timedelta(days=14)
 MACHINE: Final = ("cedar", "rule", "test", "code")
-_CLAUSE: Final = re.compile(r"^### (GOV-[A-Z]{3}-\d\d) (.+) \{#(\S+)\}$")
+_CLAUSE: Final = re.compile(r"^### (GOV-[A-Z]{3}-[0-9]{2}) (.+) \{#(\S+)\}$")
 _ENFORCED: Final = "> enforced-by: "
 _MEANS: Final = re.compile(
     r"(policy|cedar|rule|test|code):(\S+(?: \S+)*)|(human) \(([^)]+)\)|(nothing yet) \(([^)]+)\)"
@@ -136,9 +137,9 @@ def parse_charter(text: str) -> Charter:
     blocks = re.split(r"^(?=#{2,3} )", body, flags=re.MULTILINE)
     for block in blocks:
         heading, _, rest = block.partition("\n")
-        if match := re.match(r"^## (\d+)\. (.+)$", heading):
+        if match := re.match(r"^## ([0-9]+)\. (.+)$", heading):
             chapters.append(match[2])
-            if int(match[1]) != len(chapters):
+            if match[1] != str(len(chapters)):
                 problems.append(_bad("form.chapters", heading, "chapters are counted from 1"))
         elif heading.startswith("### "):
             clause = _clause(heading, rest, chapters[-1] if chapters else "", problems)
@@ -165,8 +166,8 @@ def _front(text: str, problems: list[Finding]) -> tuple[dict[str, str], str]:
     if match is None:
         problems.append(_bad("form.front", "front matter", "the text begins without its header"))
         return {}, text
-    lines = [line.split(": ", 1) for line in match[1].splitlines()]
-    front = {key: value.strip() for key, value in lines}
+    lines = [line.partition(": ") for line in match[1].split("\n")[:-1]]
+    front = {key: value.strip() for key, _, value in lines}
     if front.get("minga-governance") != "1":
         problems.append(_bad("form.front", "minga-governance", "must be 1"))
     return front, text[match.end() :]
@@ -177,7 +178,7 @@ def _clause(heading: str, rest: str, chapter: str, problems: list[Finding]) -> C
     if match is None or match[1] != match[3]:
         problems.append(_bad("form.clause", heading, "no id, or two different ones"))
         return None
-    lines = [line for line in rest.splitlines() if line.startswith(_ENFORCED)]
+    lines = [line for line in rest.split("\n") if line.startswith(_ENFORCED)]
     if len(lines) != 1:
         problems.append(_bad("clause.unenforced", match[1], "must say once what enforces it"))
         return Clause(id=match[1], title=match[2], chapter=chapter, text=rest, means=())
@@ -189,7 +190,7 @@ def _clause(heading: str, rest: str, chapter: str, problems: list[Finding]) -> C
             continue
         kind = found[1] or found[3] or found[5]
         means.append(Means(kind=kind, what=found[2] or found[4] or found[6]))
-    text = "\n".join(line for line in rest.splitlines() if not line.startswith("> "))
+    text = "\n".join(line for line in rest.split("\n") if not line.startswith("> "))
     return Clause(
         id=match[1], title=match[2], chapter=chapter, text=text.strip(), means=tuple(means)
     )
@@ -220,7 +221,8 @@ def at_pointer(value: Any, pointer: str) -> Any:
     for part in pointer.split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
         if isinstance(value, list):
-            value = value[int(name)] if name.isdigit() and int(name) < len(value) else _ABSENT
+            index = read_decimal(name, most=len(value))
+            value = value[index] if index is not None and index < len(value) else _ABSENT
         elif isinstance(value, dict):
             value = value.get(name, _ABSENT)
         else:

@@ -37,6 +37,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Final
 
+from protocols.decimals import read_decimal
+
 
 class FederationError(Exception):
     """Base of all errors that another party or person may see. Never carries a secret."""
@@ -290,7 +292,7 @@ def error_from_code(code: str, message: str, details: dict[str, str]) -> Federat
         return cls(message, rule=details.get("rule", "unknown"))
     if issubclass(cls, OffsetError):
         text = details.get("expected", "")
-        return cls(message, expected=int(text) if text.isdigit() else 0)
+        return cls(message, expected=read_decimal(text, most=2**63) or 0)
     if issubclass(cls, NotReadyError):
         try:
             retry = min(60.0, max(0.0, float(details.get("retry_after_s", "1"))))

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import NewType
 
+from protocols.decimals import read_decimal
 from protocols.errors import MalformedMessageError
 
 FederationId = NewType("FederationId", str)
@@ -75,10 +76,10 @@ class RoundId:
             MalformedMessageError: the text is not of that form.
         """
         run, slash, number = text.partition("/")
-        canonical = number.isascii() and number.isdigit() and str(int(number)) == number
-        if not slash or len(number) > 6 or not canonical:
+        index = read_decimal(number, most=_MAX_ROUND - 1)
+        if not slash or index is None:
             raise MalformedMessageError(f"a round is written RUN/NUMBER, got {text!r:.80}")
-        return cls(parse_run_id(run), int(number))
+        return cls(parse_run_id(run), index)
 
     def __str__(self) -> str:
         return f"{self.run}/{self.number}"

@@ -26,6 +26,7 @@ from coordinator.secure_sum import check_uploaded
 from coordinator.services.caller import Callers
 from coordinator.spool import AHEAD, MAX_MESSAGE, Arriving, Spool, upload_path
 from policies.privacy.claim import claim_of
+from protocols.decimals import read_decimal
 from protocols.errors import (
     ConflictingUploadError,
     MalformedMessageError,
@@ -462,6 +463,7 @@ def _end(metadata: dict[str, str | bytes]) -> int | None:
 
 
 def _bytes(text: str | bytes | None, name: str) -> int:
-    if not isinstance(text, str) or not text.isascii() or not text.isdigit() or len(text) > 15:
+    number = read_decimal(text, most=_MAX_BLOB) if isinstance(text, str) else None
+    if number is None:
         raise MalformedMessageError(f"metadata {name} must be a decimal number of bytes")
-    return int(text)
+    return number

@@ -240,9 +240,10 @@ def key_certify(
     from infra.admin import acts
     from infra.admin.certificates import certify
     from infra.admin.keys import card_path, load_signer, read_card
+    from protocols.decimals import split_address
 
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    address = split_address(coordinator)
+    if address is None:
         raise typer.BadParameter("--coordinator is HOST:PORT")
     facts = certify(
         out,
@@ -251,7 +252,7 @@ def key_certify(
         signer=load_signer(key, acts.ask_secret(passphrase_file), module=module),
         root=ca,
         coordinator=coordinator,
-        enrolment=enrolment or f"{host}:{int(port) + 1}",
+        enrolment=enrolment or f"{address[0]}:{address[1] + 1}",
         now=acts.utc_now(),
     )
     if as_json:

@@ -325,18 +325,20 @@ def witness(
     """Cosign a log over HTTP, until interrupted: one history and no other."""
     from infra.audit.witness import prepare
     from node_agent.witness import serve_http
+    from protocols.decimals import split_address
     from protocols.errors import ConfigurationError
 
     made = prepare(folder, name=name, log_keys=tuple(log or ()))
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit():
+    address = split_address(listen)
+    if address is None:
         raise ConfigurationError("--listen is HOST:PORT")
     try:
-        server = serve_http(made, host, int(port))
+        server = serve_http(made, *address)
     except OSError as error:
         raise ConfigurationError(f"cannot listen on {listen}: {error.strerror}") from None
     print(made.signer.verifier.to_text(), flush=True)
-    _say(f"cosigning on {host}:{server.server_address[1]}; give the key above to the coordinator")
+    at = f"{address[0]}:{server.server_address[1]}"
+    _say(f"cosigning on {at}; give the key above to the coordinator")
     try:
         server.serve_forever()
     finally:

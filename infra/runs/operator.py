@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from protocols.canonical import sha256_hex
 from protocols.crypto.signatures import Context, sign
+from protocols.decimals import split_address
 from protocols.errors import ConfigurationError
 from protocols.plan import Plan
 from protocols.tlog.kinds import RunRequest
@@ -109,8 +110,7 @@ def _from_file(path: Path) -> Operator:
         isinstance(value, str) for value in raw.values()
     ):
         raise ConfigurationError(f"{path} must hold exactly the texts {', '.join(sorted(_KEYS))}")
-    host, colon, port = raw["coordinator"].rpartition(":")
-    if not host or not colon or not port.isdigit():
+    if split_address(raw["coordinator"]) is None:
         raise ConfigurationError(f"{path}: coordinator must be HOST:PORT")
     folder = path.parent
     return Operator(

@@ -3,6 +3,7 @@ that is never begun anew, and a coordinator's log that it cosigns."""
 
 from __future__ import annotations
 
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -73,6 +74,16 @@ def test_it_answers_as_the_specification_says(witness):
     assert ask(f"{url}/add-checkpoint", b"old x\n\n")[0] == 400
     assert ask(f"{url}/other", b"")[0] == 404
     assert ask(f"{url}/../w/witness.key")[0] == 404
+
+
+@pytest.mark.parametrize("length", [b"\xb2", b"-1", b"1_0", b"", b"9" * 5000, b"99999999"])
+def test_a_length_that_is_none_is_refused(witness, length):
+    host, _, port = witness[1].removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as asked:
+        asked.sendall(
+            b"POST /add-checkpoint HTTP/1.1\r\nHost: w\r\nContent-Length: " + length + b"\r\n\r\n"
+        )
+        assert asked.makefile("rb").readline().split()[1] == b"400"
 
 
 def test_of_two_branches_at_once_one_is_cosigned(witness):

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -291,9 +291,24 @@ def upgrade(bench: Bench) -> Trouble:
 # -- two coordinators --------------------------------------------------------------------------
 
 
+@dataclass(slots=True, kw_only=True)
+class Pair:
+    """Two coordinators over one database."""
+
+    bench: Bench
+    away: list[str] = field(default_factory=list)  # the one that the trouble took
+
+    def take(self, how: Callable[[str], None]) -> None:
+        """Do something to the one that drives the rounds."""
+        pid, household = leader(self.bench.url), self.bench.running.household
+        name = COORDINATOR if household.child(COORDINATOR).process.pid == pid else SECOND
+        how(name)
+        self.away.append(name)
+
+
 @contextmanager
-def two_coordinators(bench: Bench) -> Iterator[Trouble]:
-    """A second coordinator over the same database; the trouble kills whichever leads."""
+def two_coordinators(bench: Bench) -> Iterator[Pair]:
+    """A second coordinator over the same database; nodes know both."""
     running, household = bench.running, bench.running.household
     second = make_second(running)
     start_second(running)
@@ -301,32 +316,52 @@ def two_coordinators(bench: Bench) -> Iterator[Trouble]:
     for site in running.sites:
         household.stop(site)
         running.start_node(site)
-    killed: list[str] = []
+    with second_client(running) as client:
+        client.wait_until_serving(timeout_s=PATIENCE_S, alive=household.check)
+        bench.others.append(client)
+        yield Pair(bench=bench)
 
-    def kill_the_leader() -> None:
-        pid = leader(bench.url)
-        name = COORDINATOR if household.child(COORDINATOR).process.pid == pid else SECOND
-        household.kill(name)
-        killed.append(name)
+
+def leader_killed(pair: Pair) -> Trouble:
+    """SIGKILL of whichever drives the rounds; it comes back when the run is over."""
+    bench, running = pair.bench, pair.bench.running
 
     def start_again() -> None:
-        if killed.pop() == COORDINATOR:
+        if pair.away.pop() == COORDINATOR:
             running.start_coordinator()
         else:
             start_second(running)
             wait_for_second(running, bench)
 
-    with second_client(running) as client:
-        client.wait_until_serving(timeout_s=PATIENCE_S, alive=household.check)
-        bench.others.append(client)
-        yield Trouble(
-            fault="SIGKILL of the leading one of two; the other goes on",
-            victim="leading coordinator",
-            begin=kill_the_leader,
-            end=lambda: None,
-            lasts_s=0.0,
-            after=start_again,
+    return Trouble(
+        fault="SIGKILL of the leading one of two; the other goes on",
+        victim="leading coordinator",
+        begin=lambda: pair.take(running.household.kill),
+        end=lambda: None,
+        lasts_s=0.0,
+        after=start_again,
+    )
+
+
+def leader_stands_still(pair: Pair) -> Trouble:
+    """SIGSTOP of whichever drives the rounds, until its lease is the other's; then it goes on where
+    it stood, and must notice that it leads no more."""
+    bench, household = pair.bench, pair.bench.running.household
+
+    def wake() -> None:
+        bench.wait(
+            lambda: household.child(pair.away[0]).process.pid != leader(bench.url),
+            words="the other coordinator takes the lease",
         )
+        household.resume([pair.away.pop()])
+
+    return Trouble(
+        fault="SIGSTOP of the leading one of two until the other leads",
+        victim="leading coordinator",
+        begin=lambda: pair.take(lambda name: household.pause([name])),
+        end=wake,
+        lasts_s=0.0,
+    )
 
 
 def wait_for_second(running: Running, bench: Bench) -> None:

@@ -39,6 +39,7 @@ from policies.site import SitePolicy
 from protocols import canonical, identifiers
 from protocols.crypto.identity import parse_spiffe_uri, read_csr
 from protocols.crypto.signatures import parse_public_key
+from protocols.decimals import read_decimal
 from protocols.enrolment import Invitation
 from protocols.errors import FederationError
 from protocols.governance.documents import Document, parse_time
@@ -222,6 +223,9 @@ SEEDS: dict[str, tuple[bytes, Parse]] = {
     "protocols/governance/requests.py:SigningRequest.read": (
         REQUEST.to_bytes(),
         lambda data: open_request(SigningRequest.read(data), trusted_root=None, now=NOW),
+    ),
+    "protocols/decimals.py:read_decimal": (
+        b"4194304", text(partial(read_decimal, most=2**42)),
     ),
     "protocols/identifiers.py:parse_federation_id": (
         b"demo", text(identifiers.parse_federation_id),
