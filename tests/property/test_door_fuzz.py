@@ -344,7 +344,9 @@ def test_raw_downloads_are_given_or_refused(plain, errors, data):
     offset = data.draw(st.integers(0, 2**64 - 1) | st.integers(0, 20_000))
     good = digest + offset.to_bytes(8, "big")
     sent = data.draw(st.just(good) | edited(good) | st.binary(max_size=50))
-    round_ = data.draw(st.sampled_from(["r1/0", "", "../x/1", "r1/999999", "a" * 300]))
+    round_ = data.draw(
+        st.sampled_from(["r1/0", "", "../x/1", "r1/999999", "r1/" + "9" * 5000, "a" * 300])
+    )
     caller = data.draw(st.sampled_from(sorted(plain.names)))
     for metadata in ((), (("minga-round", round_),)):
         knock(plain.names[caller].channel, "Bulk/Fetch", [sent], metadata)

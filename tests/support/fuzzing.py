@@ -30,6 +30,7 @@ WORDS = [
     "survivors", "commit", "deal", "0" * 64, "f" * 64, "metadata/root.json", "1.root.json",
     "../../keys/ca.key", "metadata/../../keys/ca.key", "/etc/passwd", "..", "%2e%2e/x", "a\x00b",
     "a" * 5000, "\u202e", "\u00f1", "model_disagreement", "measured",
+    "\u00b2", "r1/" + "9" * 5000, "r1/\u00b2",
 ]  # fmt: skip
 DEEP = b"[" * 30_000 + b"]" * 30_000
 BYTES = [
