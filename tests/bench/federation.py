@@ -57,6 +57,8 @@ class Measured:
     rss_mb: float  # the coordinator's peak, all resident pages
     private_mb: float  # the same without pages of mapped files, which the kernel may drop
     peak_in: str  # the phase in which the peak was
+    begun: float  # the first measured round, seconds since 1970
+    ended: float  # the last of them
 
 
 class Federation:
@@ -269,6 +271,8 @@ def measured(facts: Any, job: Job, stage: Stage) -> Measured:
         rss_mb=stage.peak_rss_mb("server") or 0.0,
         private_mb=stage.peak_private_mb("server") or 0.0,
         peak_in=_phase_at(facts, stage.peak_at("server") or 0.0),
+        begun=opened[1] / 1000,
+        ended=opened[-1] / 1000,
     )
 
 

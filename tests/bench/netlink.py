@@ -4,8 +4,9 @@
 
 The kernel's own emulator (``tc netem``) is not in every kernel, so packets are passed on by a small
 process that holds each one back: it leaves when the link is free at its rate, and arrives a delay
-later. Packets are large (the MTU), so that the process is not the limit. Needs root and
-/dev/net/tun; ``unavailable`` says why it cannot be had.
+later. Packets are rather large (the MTU), so that the process is not the limit; with much larger
+ones Linux opens its receive window so slowly that a new connection crawls for a minute. Needs root
+and /dev/net/tun; ``unavailable`` says why it cannot be had.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 NEAR, FAR = "10.203.0.1", "10.203.0.2"
-MTU = 64_000  # bytes
+MTU = 16_000  # bytes
 _TUNSETIFF = 0x400454CA
 _IFF_TUN_NO_PI = 0x1001
 _CLONE_NEWNET = 0x40000000

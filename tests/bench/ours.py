@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -76,7 +78,21 @@ def _with_light_nodes(federation: Federation, stage: Stage, names: list[str]) ->
     return {"light-nodes": process}
 
 
-def _play(job: Job, *, light: bool, work: Path | None) -> Measured:
+def play(
+    job: Job,
+    *,
+    light: bool,
+    work: Path | None,
+    beside: Callable[[Stage], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> Measured:
+    """Play the rounds of a job.
+
+    Args:
+        job: what.
+        light: nodes that share a process, hold no model and sign no log; else real agents.
+        work: where files go; None: the system's temporary folder.
+        beside: what goes on while the rounds are played.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="minga-bench-", dir=work) as folder,
         Stage(folder=Path(folder) / "logs") as stage,
@@ -88,7 +104,8 @@ def _play(job: Job, *, light: bool, work: Path | None) -> Measured:
         nodes = start(federation, stage, names)
         federation.submit(job, names)
         # Light nodes end with the run, so only the coordinator has to stay.
-        facts = federation.wait_until_done(job, watched if light else {**watched, **nodes})
+        with beside(stage):
+            facts = federation.wait_until_done(job, watched if light else {**watched, **nodes})
         federation.check_model(facts, job)
         return measured(facts, job, stage)
 
@@ -117,7 +134,7 @@ def round_row(*, params: int, nodes: int, rounds: int, work: Path | None = None)
     """A whole round without training, with one agent process per node."""
     limit = _time_limit(params, nodes, rounds)
     job = Job(params=params, nodes=nodes, rounds=rounds, timeout_s=limit)
-    found = _play(job, light=False, work=work)
+    found = play(job, light=False, work=work)
     note = "mode open, mutual TLS, SQLite, real agents, synthetic local step"
     return _row(round_work(params=params, nodes=nodes), job, found, note)
 
@@ -126,7 +143,7 @@ def memory_row(*, params: int, nodes: int, rounds: int = 2, work: Path | None = 
     """The coordinator's peak memory while nodes that hold no model play rounds."""
     limit = _time_limit(params, nodes, rounds)
     job = Job(params=params, nodes=nodes, rounds=rounds, timeout_s=limit)
-    found = _play(job, light=True, work=work)
+    found = play(job, light=True, work=work)
     what = f"coordinator memory, {nodes} nodes, {millions(params)} parameters"
     note = "no round log; nodes share one process and compute no model"
     return _row(what, job, found, note)

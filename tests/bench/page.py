@@ -179,8 +179,7 @@ def _lines(what: str, work: Facts) -> Iterable[tuple[str, ...]]:
 
 
 def _of(ratio: Ratio) -> tuple[str, str, str, str]:
-    target = "" if ratio.at_most is None else f"at most {ratio.at_most:g}"
-    return f"{ratio.value:.2f}", f"{ratio.best:.2f}", target, _reached(ratio.met)
+    return f"{ratio.value:.2f}", f"{ratio.best:.2f}", ratio.limit, _reached(ratio.met)
 
 
 def _reached(met: bool | None) -> str:

@@ -117,9 +117,8 @@ def _ratio(what: str) -> list[str]:
     found = []
     for ratio in _results()["ratios"]:
         named = ratio["what"].startswith(work) and ratio["ours_over"].startswith(other)
-        if named and ratio["measure"] == "seconds_per_round":
-            target = ratio["target_at_most"]
-            limit = "" if target is None else f", at most {target:g}{_reached(ratio['met'])}"
+        if named and ratio["measure"] != "server_peak_rss_mb":
+            limit = f", {ratio['target']}{_reached(ratio['met'])}" if ratio["target"] else ""
             found.append(
                 f"{ratio['what']}: {ratio['ratio']:.2f} of {ratio['ours_over']} (of the best"
                 f" {ratio['ratio_of_the_best']:.2f}){limit}"

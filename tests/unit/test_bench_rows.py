@@ -6,7 +6,9 @@ import pytest
 
 from tests.bench.rows import (
     FLOOR,
+    NEW_TLS,
     OURS,
+    RAW_TLS,
     Limit,
     Row,
     Spread,
@@ -76,7 +78,7 @@ def test_a_missed_promise_is_called_missed():
 def test_no_promise_no_verdict():
     (ratio,) = ratios([row(OURS, 1.0), row("OpenFL 1.9", 2.0)])
 
-    assert (ratio.at_most, ratio.met) == (None, None)
+    assert (ratio.limit, ratio.met) == ("", None)
     assert "MISSED" not in table([row(OURS, 1.0), row("OpenFL 1.9", 2.0)])
 
 
@@ -138,3 +140,18 @@ def test_a_rate_that_is_too_low_is_missed():
     rows.append(Row(what="something else", system=OURS, leaves_per_s=10.0))
 
     assert [check["met"] for check in rate_checks(rows)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("mib", "speed", "met"), [(1024, 90.0, True), (1024, 89.9, False), (256, 1.0, None)]
+)
+def test_a_share_of_a_stream_is_promised_of_the_long_transfer(mib, speed, met):
+    what = f"transfer of {mib} MiB over 100 ms and 1 Gb/s, one node, up"
+    rows = [
+        Row(what=what, system=OURS, mb_per_s=Spread.of([speed])),
+        Row(what=what, system=RAW_TLS, mb_per_s=Spread.of([100.0])),
+        Row(what=what, system=NEW_TLS, mb_per_s=Spread.of([50.0])),
+    ]
+    warm, new = ratios(rows)
+    assert (warm.met, warm.limit) == (met, "" if met is None else "at least 0.9")
+    assert (new.met, new.limit) == (None, "")
