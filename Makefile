@@ -5,7 +5,7 @@
 #   make faults               every fault in every phase, and docs/faults.md of it; an hour, resumable
 #   make test JOBS=1          one test at a time; two by default, whole files to each
 
-.PHONY: help venv demo test faults slurm-test bench bench-learning bench-peers bench-pieces bench-page load fuzz docs lint fmt proto clean
+.PHONY: help venv demo test faults slurm-test bench bench-learning bench-peers bench-pieces bench-sizes bench-page load fuzz docs lint fmt proto clean
 .DEFAULT_GOAL := help
 
 # The first Python that is new enough and can make environments; or say it: make venv PYTHON=...
@@ -18,7 +18,7 @@ JOBS = 2
 PACKAGES = protocols policies coordinator node_agent infra
 
 help:
-	@echo "make venv | demo | test | faults | slurm-test | bench | bench-learning | bench-peers | bench-pieces | bench-page | load | soak | fuzz | docs | lint | fmt | proto | clean   (ARGS=... is passed on)"
+	@echo "make venv | demo | test | faults | slurm-test | bench | bench-learning | bench-peers | bench-pieces | bench-sizes | bench-page | load | soak | fuzz | docs | lint | fmt | proto | clean   (ARGS=... is passed on)"
 
 venv: .venv/installed
 
@@ -56,6 +56,10 @@ bench: venv
 # What a whole round is made of, each piece alone, beside the round.
 bench-pieces: venv
 	.venv/bin/python -m tests.bench.pieces $(ARGS)
+
+# 4 and 33 nodes, 10^6 to 10^8 parameters, with CPU seconds; the largest takes up to 61 GB of disk.
+bench-sizes: venv
+	.venv/bin/python -m tests.bench.sizes $(ARGS)
 
 # Long; every finished row is kept under bench/out/learning. make bench-learning ARGS='--data DIR'
 bench-learning: venv

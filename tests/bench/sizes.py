@@ -143,8 +143,30 @@ def row_of(found: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def keep(
+    rows: list[dict[str, Any]], left_out: list[str], found_on: dict[str, Any], out: Path
+) -> None:
+    """Write what was measured so far, and the page if it is the page's file."""
+    text = (
+        "Real agents, mode open, with a round log, beside raw TLS sockets that move and store the"
+        " same bytes. All parties share the cores, so the time of a round of many nodes is that of"
+        " their work, not of waiting for each other."
+        f" Measured on {found_on['date']} at commit {found_on['commit']}."
+    )
+    facts = {
+        "schema": FIGURES, "title": "A round by nodes and parameters",
+        "repeat": "make bench-sizes", "machine": found_on,
+        "text": " ".join([text, *(f"Left out: {reason}." for reason in left_out)]),
+        "rows": rows,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    if out == OUT:
+        PAGE.write_text(render(load(), figures()))
+
+
 def main() -> None:
-    """Measure each size; keep and show them."""
+    """Measure each size; keep and show what was measured, whatever comes of the next."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.sizes", description=__doc__)
     parser.add_argument("--only", action="append", metavar="NODES,PARAMS", help="repeatable")
     parser.add_argument("--scratch", type=Path)
@@ -161,6 +183,7 @@ def main() -> None:
                 f" of files; {free / 1e9:.0f} GB were free"
             )
             print(left_out[-1], file=sys.stderr, flush=True)
+            keep(rows, left_out, found_on, options.out)
             continue
         begun = time.monotonic()
         rows.append(row_of(measure(nodes, params, options.scratch)))
@@ -170,22 +193,7 @@ def main() -> None:
             f"{line['what']}: {line['ours']}, {line['ratio']} of the floor; {line['note']}"
             f" (measured in {took})", flush=True,
         )  # fmt: skip
-    facts = {
-        "schema": FIGURES, "title": "A round by nodes and parameters",
-        "repeat": "python -m tests.bench.sizes", "machine": found_on,
-        "text": " ".join((
-            ("Real agents, mode open, with a round log, beside raw TLS sockets that move and store"
-            " the same bytes. All parties share the cores, so the time of a round of many nodes"
-            " is that of their work, not of waiting for each other."
-            f" Measured on {found_on['date']} at commit {found_on['commit']}."),
-            *(f"Left out: {reason}." for reason in left_out),
-        )),
-        "rows": rows,
-    }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    if options.out == OUT:
-        PAGE.write_text(render(load(), figures()))
+        keep(rows, left_out, found_on, options.out)
 
 
 if __name__ == "__main__":
