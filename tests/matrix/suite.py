@@ -124,12 +124,26 @@ def interface(made: Bench) -> tuple[list[Row], frozenset[str]]:
         return troubles.suffer(made, down), frozenset()
 
 
+def packets(made: Bench) -> tuple[list[Row], frozenset[str]]:
+    """Packets between the nodes and the coordinator come late, or not at all."""
+    why = interfaces.why_not()
+    if why is not None:
+        print(f"left out, the link of packets: {why}")
+        return [], frozenset()
+    rows: list[Row] = []
+    with interfaces.behind_a_link(made) as trouble:
+        for sky in ("slow", "lossy", "lost"):
+            rows += troubles.suffer(made, trouble(sky))
+    return rows, frozenset()
+
+
 NETWORK: Final[dict[str, Play]] = {
     "network-slow": network("slow"),
     "network-lossy": network("lossy"),
     "network-half-open": network("deaf"),
     "network-partition": network("away"),
     "network-interface": interface,
+    "network-packets": packets,
 }
 TROUBLES: Final = CLOCK | WRONG_CLOCK | STANDSTILL | UPGRADE | NETWORK
 DISK: Final[dict[str, Play]] = {"disk-full": disk}
