@@ -150,7 +150,9 @@ def keep(
     text = (
         "Real agents, mode open, with a round log, beside raw TLS sockets that move and store the"
         " same bytes. All parties share the cores, so the time of a round of many nodes is that of"
-        " their work, not of waiting for each other."
+        " their work, not of waiting for each other; where every node has a machine of its own, its"
+        " share of the CPU time is what it has to do. A node reads and checks what every other one"
+        " signed, so that share grows with their number."
         f" Measured on {found_on['date']} at commit {found_on['commit']}."
     )
     facts = {
