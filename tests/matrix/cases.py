@@ -91,12 +91,18 @@ class Bench:
         found = results(self.running.confirmed(self.submit("settling"), timeout_s=PATIENCE_S))
         assert found == self.undisturbed(), found
 
-    def outcome(self, report: RunReport) -> str:
-        """Whether a run came to the very results of the undisturbed one."""
+    def outcome(self, report: RunReport, *, declined: bool = False) -> str:
+        """Whether a run came to the very results of the undisturbed one.
+
+        Args:
+            report: of the run.
+            declined: whether rounds may have been tried in vain, because a node declined them.
+        """
         if report.status != "done":
             return f"the run is {report.status}"
         found = results(report)
-        if len(report.rounds) != self.rounds:
+        tried = len(report.released) if declined else len(report.rounds)
+        if tried != self.rounds:
             return f"{len(report.rounds)} rounds instead of {self.rounds}"
         return "same" if found == self.undisturbed() else f"other digests: {found}"
 

@@ -30,23 +30,29 @@ _DEBT: Final = "**not visited yet**: the last run of `make faults` was cut short
 _NOTES: Final = """\
 What the words mean:
 
-- *Network.* The kernel that ran this has no `netem`: delay, loss, rate, half-open connections and
-  partitions come from a relay in user space between the nodes and the coordinator
-  (`tests/matrix/relay.py`). The interface that goes down is a real one, between two network
-  namespaces (`tests/matrix/interfaces.py`).
+- *Network.* The kernel that ran this has no `netem`. What says *packets* is done to packets of
+  1,500 bytes between two network namespaces, by a process that holds them back or drops them
+  (`tests/bench/netlink.py`); TCP itself sends them again. The interface that goes down is a real
+  one, between two network namespaces (`tests/matrix/interfaces.py`). The other rows, half-open
+  connections and refused ones among them, are of a relay of bytes on loopback
+  (`tests/matrix/relay.py`).
 - *Half-open.* Nothing says that such a connection is dead. A node dials again when a call has had
   no answer for 30 s, or a poll of 25 s is 15 s overdue; its streams begin anew with that. That is
-  40 s at most; a row of a minute, seen once in seven, is not explained.
+  40 s at most. A node that reports now and then began to wait anew with each report, once: a row
+  of a minute in an older page was that.
 - *Clock off by.* Of one party alone, and then right again. Cosignatures from more than five minutes
   ahead are not taken, so rounds wait as long as a witness is ahead of the coordinator, whoever of
-  them is wrong, and go on when the clock is right. *Clock jumps by* stays, and adds up.
+  them is wrong, and go on when the clock is right. A round that opens meanwhile is declined by a
+  node that is ahead, and where every node is needed it is tried again. *Clock jumps by* stays, and
+  adds up.
 - *Worker.* The real one with a small Llama, under an agent's launcher, a job for each kill; what is
   compared is what it hands over, bit for bit. Its time to go on holds the import of torch.
 - *Cases stand alone.* Before each a whole run has to end, so that everybody is back. An older page
   had 43 s for a clock jump in Open: that was a node, killed by the case before, that was still
   starting; with the run in between it takes as long as in other phases.
-- *The two databases.* What a full disk, the network, one node's clock and a process that stands
-  still do was tried on SQLite only: none of it depends on the database.
+- *The two databases.* An empty cell was not tried. The network and the disk of the others do not
+  meet the database: with open sums that was tried on SQLite only. Half-open connections, which take
+  half a minute each, too.
 """
 
 

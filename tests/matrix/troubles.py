@@ -47,6 +47,7 @@ class Trouble:
     lasts_s: float
     still: tuple[str, ...] = ()  # nodes that do not move until the end
     after: Callable[[], None] = lambda: None  # once the run is over
+    declined: bool = False  # whether a node says no to rounds that open meanwhile
 
 
 def phases_of(bench: Bench) -> tuple[str, ...]:
@@ -74,7 +75,7 @@ def _suffer_once(bench: Bench, trouble: Trouble, phase: str) -> Row:
         trouble.end()
     over = time.time()
     shifted = read_shift(bench.running.folder / CLOCK)
-    outcome = bench.outcome(bench.ended(run))
+    outcome = bench.outcome(bench.ended(run), declined=trouble.declined)
     step = bench.next_step_after(over + shifted)
     trouble.after()
     return Row(
@@ -265,6 +266,7 @@ def node_clock_wrong(clock: Path, by_s: float) -> Trouble:
         begin=lambda: shift(clock, by_s),
         end=lambda: shift(clock, -by_s),
         lasts_s=4.0,
+        declined=True,
     )
 
 
