@@ -115,15 +115,17 @@ class Bench:
                 continue
         return None
 
-    def next_step_after(self, at: float) -> float | None:
-        """When the first phase after a time was entered: Unix seconds, by the coordinator's clock.
+    def next_step_after(self, at: float, run: RunId) -> float | None:
+        """When a run first entered a phase after a time: Unix seconds, by the coordinator's clock.
 
         Read from the database itself; None: none yet.
         """
         engine = sa.create_engine(self.url, poolclass=sa.NullPool)
-        query = "SELECT min(entered_at) AS at FROM phase_times WHERE entered_at > :at"
+        query = (
+            "SELECT min(entered_at) AS at FROM phase_times WHERE entered_at > :at AND run_id = :run"
+        )
         with engine.connect() as connection:
-            row = connection.execute(sa.text(query), {"at": int(at * 1000)}).first()
+            row = connection.execute(sa.text(query), {"at": int(at * 1000), "run": run}).first()
         return None if row is None or row.at is None else row.at / 1000
 
     def ended(self, run: RunId) -> RunReport:

@@ -50,6 +50,9 @@ What the words mean:
 - *Cases stand alone.* Before each a whole run has to end, so that everybody is back. An older page
   had 43 s for a clock jump in Open: that was a node, killed by the case before, that was still
   starting; with the run in between it takes as long as in other phases.
+- *Two coordinators.* Their rows are of the last time that they ran to the end. On 2026-11-29, with
+  the machine under a load of 11, a run whose leading coordinator was killed in Open had not gone on
+  after four minutes. Twelve repetitions alone went on, within seven seconds. **Not explained.**
 - *The two databases.* An empty cell was not tried. The network and the disk of the others do not
   meet the database: with open sums that was tried on SQLite only. Half-open connections, which take
   half a minute each, too.

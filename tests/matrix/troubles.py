@@ -76,7 +76,7 @@ def _suffer_once(bench: Bench, trouble: Trouble, phase: str) -> Row:
     over = time.time()
     shifted = read_shift(bench.running.folder / CLOCK)
     outcome = bench.outcome(bench.ended(run), declined=trouble.declined)
-    step = bench.next_step_after(over + shifted)
+    step = bench.next_step_after(over + shifted, run)
     trouble.after()
     return Row(
         fault=trouble.fault,
