@@ -28,6 +28,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
+from protocols.decimals import read_decimal
+from protocols.tensors.sizes import MAX_NODES
 from tests.bench import floor, ours
 from tests.bench.__main__ import machine
 from tests.bench.federation import Job, Measured
@@ -36,6 +38,7 @@ from tests.bench.processes import Stage
 
 OUT: Final = BENCH / "sizes.json"
 SIZES: Final = tuple((nodes, 10**power) for nodes in (4, 33) for power in (6, 7, 8))
+LEAST_PARAMS: Final = 1000
 SAMPLE_S: Final = 0.25
 FEW_BYTES: Final = 4e9  # in a round, of all nodes: of more, one round is measured instead of three
 WHO: Final = {"server": "the coordinator", "client": "all nodes"}
@@ -143,6 +146,17 @@ def row_of(found: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def size_of(text: str) -> tuple[int, int]:
+    """Nodes and parameters of ``NODES,PARAMS``; ``ValueError`` for anything else."""
+    nodes, _, params = (read_decimal(part, most=10**12) or 0 for part in text.partition(","))
+    if not 3 <= nodes <= MAX_NODES or params < LEAST_PARAMS:
+        raise ValueError(
+            f"--only is NODES,PARAMS: 3 to {MAX_NODES} nodes and at least {LEAST_PARAMS}"
+            f" parameters, not {text!r:.40}"
+        )
+    return nodes, params
+
+
 def keep(
     rows: list[dict[str, Any]], left_out: list[str], found_on: dict[str, Any], out: Path
 ) -> None:
@@ -174,7 +188,10 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    sizes = [tuple(map(int, text.split(","))) for text in options.only or ()] or SIZES
+    try:
+        sizes = [size_of(text) for text in options.only or ()] or SIZES
+    except ValueError as error:
+        parser.error(str(error))
     found_on, rows, left_out = machine(), [], []
     place = options.scratch or Path(tempfile.gettempdir())
     for nodes, params in sizes:

@@ -52,7 +52,8 @@ What the words mean:
   starting; with the run in between it takes as long as in other phases.
 - *Two coordinators.* Their rows are of the last time that they ran to the end. On 2026-11-29, with
   the machine under a load of 11, a run whose leading coordinator was killed in Open had not gone on
-  after four minutes. Twelve repetitions alone went on, within seven seconds. **Not explained.**
+  after four minutes. Twelve repetitions beside a part of that load went on, within seven seconds.
+  **Not explained.**
 - *The two databases.* An empty cell was not tried. The network and the disk of the others do not
   meet the database: with open sums that was tried on SQLite only. Half-open connections, which take
   half a minute each, too.

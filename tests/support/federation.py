@@ -229,7 +229,10 @@ class Running:
     def logs(self) -> str:
         """The ends of all diagnostics, for a test that fails."""
         names = (COORDINATOR, *self.sites)
-        return "\n".join(f"{name}:\n{tail(self.federation.log(name), 15)}" for name in names)
+        paths = {name: self.federation.log(name) for name in names}
+        # Further coordinators, and whoever else was started beside them (tests.support.second).
+        paths |= {str(path.parent.name): path for path in self.folder.glob("*/diagnostics.log")}
+        return "\n".join(f"{name}:\n{tail(path, 15)}" for name, path in paths.items())
 
 
 def results(report: RunReport) -> list[tuple[str, str, int, int]]:

@@ -78,3 +78,14 @@ def test_the_smallest_size_is_measured_and_what_does_not_fit_is_named(tmp_path, 
     facts = out.read_text()
     assert "3 nodes, 0.001 M parameters" in facts
     assert "Left out: 33 nodes and 1e+07 M parameters" in facts
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4", "4,", "x,1000", "2,1000", "65,1000", "4,999", "4,1e6", "4,1000,1"]
+)
+def test_a_size_that_is_none_is_refused_in_one_sentence(text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sizes", "--only", text])
+    with pytest.raises(SystemExit) as ended:
+        sizes.main()
+    assert ended.value.code == 2
+    assert "--only is NODES,PARAMS" in capsys.readouterr().err
