@@ -79,6 +79,7 @@ class LogHub:
         self.witnessed: Head | None = None
         self.keys: dict[str, VerifierKey] = {}  # of witnesses, by the policy's name
         self.heads: dict[str, Checkpoint | None] = {}  # what each said it cosigned last
+        self.silent: tuple[str, ...] = ()  # a new writer waits for what they cosigned last
         self.trouble: dict[str, str] = {}  # why a witness does not cosign
         self._known: dict[str, int] = {}  # size that each cosigned last, as far as we know
         self._open: dict[int, Head] = {}
@@ -117,6 +118,7 @@ class LogHub:
             self.signed = self.witnessed = None
             self._open.clear()
             self.heads.clear()  # who leads again asks again
+            self.silent = ()
         self._tell()
 
     def show(self, note: Note, checkpoint: Checkpoint) -> None:
@@ -157,7 +159,10 @@ class LogHub:
         return self.witnessed.size > size
 
     def waits_for(self) -> tuple[str, ...]:
-        """The witnesses whose cosignatures the newest head lacks; empty when it is witnessed."""
+        """The witnesses that the log waits for: those that a new writer has not heard yet, else
+        those whose cosignatures the newest head lacks; empty when it is witnessed."""
+        if self.silent:
+            return self.silent
         if self.signed is None or self.signed.witnessed:
             return ()
         return self.signed.missing
@@ -270,4 +275,6 @@ def describe_waiting(hub: LogHub | None) -> str:
         return ""
     parts: Mapping[str, str] = hub.trouble
     listed = [f"{name} ({parts[name]})" if name in parts else name for name in names]
+    if hub.silent:
+        return f"a new writer of the log waits for what {', '.join(listed)} cosigned last"
     return f"the log waits for cosignatures of {', '.join(listed)}"

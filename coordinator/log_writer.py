@@ -57,6 +57,8 @@ GATHER_S: Final = 0.1  # a leaf that nobody waits for may wait so long for compa
 BATCH: Final = 1024  # leaves read at once
 HEARTBEAT: Final = timedelta(hours=1)
 RETRY_S: Final = 1.0
+PATIENCE_S: Final = 10.0  # before a new writer says that witnesses are silent
+COMPLAIN_S: Final = 60.0  # between two complaints about silent witnesses
 URGENT: Final = frozenset({"round.plan", "round.start", "round.survivors", "round.aggregate"})
 
 
@@ -87,6 +89,7 @@ class LogWriter:
     _policy_bytes: bytes = b""
     _members: Collection[str] | None = None  # by which the policy was made
     _compared: bool = False  # with a quorum of witnesses, since the start
+    _complain_at: float = 0.0  # by the event loop's clock
     _quiet_since: datetime | None = None
     _written: int = 0  # size of the last published checkpoint
     _tail: tuple[int, Sequence[bytes]] = (0, ())  # index and entries of the tile that is not full
@@ -205,6 +208,7 @@ class LogWriter:
             self._written = published.size
         # Nothing was ever signed, by this process or another: there is nobody to ask.
         self._compared = last is None and published is None
+        self._complain_at = asyncio.get_running_loop().time() + PATIENCE_S
         await self._read_policy()
         self._quiet_since = self.clock.now()
         self.hub.lead(True)
@@ -313,6 +317,12 @@ class LogWriter:
             if self.hub.tree.root(head.size) != head.root and head.size:
                 raise ForkError(f"a witness has seen another tree of size {head.size}")
         self._compared = policy.satisfied(spoken.keys())
+        silent = () if self._compared else tuple(sorted(policy.witnesses.keys() - spoken.keys()))
+        self.hub.silent = silent
+        now = asyncio.get_running_loop().time()
+        if silent and now >= self._complain_at:
+            logger.warning("nothing is signed before %s say what they cosigned last", silent)
+            self._complain_at = now + COMPLAIN_S
         return self._compared
 
     # -- files ---------------------------------------------------------------------------------

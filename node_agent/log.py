@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from node_agent.client import Backoff, Connection, rebuild_error
 from node_agent.log_store import LogStore, OwnLeaf
 from node_agent.log_verifier import LogVerifier, read_policy
-from node_agent.witness import Witness, make_witness, open_witness
+from node_agent.witness import Answer, Witness, make_witness, open_witness
 from policies.audit.approvals import approval_of
 from policies.audit.gate import Gate, Shown, Stops, Waits, gate
 from protocols.canonical import sha256_hex
@@ -248,14 +248,9 @@ class NodeLog:
         witness, failures = self.witness, 0
         while witness is not None:
             try:
-                with self.connection.stream(self.connection.witness.NextCheckpoint()) as call:
-                    latest = await asyncio.to_thread(witness.store.latest, self._origin)
-                    await call.write(log_pb2.WitnessAnswer(latest=latest or b""))
-                    while (request := await call.read()) is not grpc.aio.EOF:
-                        said = await asyncio.to_thread(witness.add, request.body)
-                        await call.write(log_pb2.WitnessAnswer(status=said.status, body=said.body))
-                        failures = 0
-            except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                async for _ in self._cosignatures(witness):
+                    failures = 0
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError):
                 logger.debug("no stream of checkpoints: away, or another process leads; ask again")
             except FederationError as error:
                 logger.warning("the witness: %s", error.diagnostics())
@@ -265,9 +260,31 @@ class NodeLog:
             await asyncio.sleep(_PAUSE.delay(turns, self.rng))
             failures = min(failures + 1, 6)
 
-    @property
-    def _origin(self) -> str:
-        return self.verifier.origin
+    async def _cosignatures(self, witness: Witness) -> AsyncIterator[Answer]:
+        """Answer one stream of requests, until it ends.
+
+        What is said comes from an iterator, not from ``call.write``: that waits for ever when its
+        call is cancelled before the connection stood (grpcio 1.85), and a node that waits for ever
+        is a witness less until it is started again.
+        """
+        latest = await asyncio.to_thread(witness.store.latest, self.verifier.origin)
+        answers: asyncio.Queue[log_pb2.WitnessAnswer | None] = asyncio.Queue()
+        answers.put_nowait(log_pb2.WitnessAnswer(latest=latest or b""))
+
+        async def said() -> AsyncIterator[log_pb2.WitnessAnswer]:
+            while (answer := await answers.get()) is not None:
+                yield answer
+
+        try:
+            with self.connection.stream(self.connection.witness.NextCheckpoint(said())) as requests:
+                async for request in requests:
+                    answer = await asyncio.to_thread(witness.add, request.body)
+                    answers.put_nowait(
+                        log_pb2.WitnessAnswer(status=answer.status, body=answer.body)
+                    )
+                    yield answer
+        finally:
+            answers.put_nowait(None)  # whoever sends waits no longer
 
     # -- the gate ------------------------------------------------------------------------------
 

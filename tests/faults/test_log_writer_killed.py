@@ -18,7 +18,7 @@ import pytest
 from coordinator.clock import SystemClock
 from coordinator.ledger import Ledger, Sequencer, Tx
 from coordinator.log_files import LogFiles, Ratchet
-from coordinator.log_hub import LogHub
+from coordinator.log_hub import LogHub, describe_waiting
 from coordinator.log_writer import LogWriter
 from protocols.errors import StorageFullError
 from protocols.tlog.checkpoint import Checkpoint, sign_checkpoint
@@ -206,6 +206,13 @@ def test_witnesses_that_know_no_more_let_it_go_on(tmp_path, ahead_s):
     )
 
     async def story(task):
+        for _ in range(500):
+            if bench.hub.silent:
+                break
+            await asyncio.sleep(0.01)
+        assert bench.hub.waits_for() == NODES
+        said = describe_waiting(bench.hub)
+        assert said == f"a new writer of the log waits for what {', '.join(NODES)} cosigned last"
         for node in NODES[:3]:
             bench.hub.keys[node] = witness_signer(node).verifier
             bench.hub.greet(node, _cosigned(world, 3, node, at=1_790_000_000 + ahead_s))
@@ -216,6 +223,7 @@ def test_witnesses_that_know_no_more_let_it_go_on(tmp_path, ahead_s):
         head = bench.hub.signed
         assert head is not None
         assert not task.done()
+        assert bench.hub.silent == ()
         assert bench.hub.waits_for() == NODES
         assert bench.hub.witnessed is None
         for node in NODES[:3]:
