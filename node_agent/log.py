@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from node_agent.client import Backoff, Connection, rebuild_error
 from node_agent.log_store import LogStore, OwnLeaf
 from node_agent.log_verifier import LogVerifier, read_policy
-from node_agent.witness import Answer, Witness, make_witness, open_witness
+from node_agent.witness import Witness, make_witness, open_witness
 from policies.audit.approvals import approval_of
 from policies.audit.gate import Gate, Shown, Stops, Waits, gate
 from protocols.canonical import sha256_hex
@@ -51,6 +51,7 @@ from protocols.tlog.leaf import (
 )
 from protocols.tlog.merkle import EMPTY_ROOT
 from protocols.tlog.note import KeyRing, VerifierKey
+from protocols.tlog.witness import Answer
 
 logger = logging.getLogger(__name__)
 RESULT_S: Final = 30.0  # how long a computed model waits for the log to name it, in one go
