@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -99,10 +100,9 @@ class LogHub:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[future] = until
         try:
-            async with asyncio.timeout(timeout_s):
-                await future
-        except TimeoutError:
-            pass
+            with suppress(TimeoutError):  # nothing happened: the caller looks again
+                async with asyncio.timeout(timeout_s):
+                    await future
         finally:
             del self._waiting[future]
 

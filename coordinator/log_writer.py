@@ -317,13 +317,17 @@ class LogWriter:
             if self.hub.tree.root(head.size) != head.root and head.size:
                 raise ForkError(f"a witness has seen another tree of size {head.size}")
         self._compared = policy.satisfied(spoken.keys())
-        silent = () if self._compared else tuple(sorted(policy.witnesses.keys() - spoken.keys()))
-        self.hub.silent = silent
-        now = asyncio.get_running_loop().time()
-        if silent and now >= self._complain_at:
-            logger.warning("nothing is signed before %s say what they cosigned last", silent)
-            self._complain_at = now + COMPLAIN_S
+        heard = self._compared
+        self.hub.silent = () if heard else tuple(sorted(policy.witnesses.keys() - spoken.keys()))
+        self._complain()
         return self._compared
+
+    def _complain(self) -> None:
+        """Say now and then which witnesses hold a new writer up."""
+        now, names = asyncio.get_running_loop().time(), ", ".join(self.hub.silent)
+        if names and now >= self._complain_at:
+            logger.warning("nothing is signed until enough of %s say what they cosigned", names)
+            self._complain_at = now + COMPLAIN_S
 
     # -- files ---------------------------------------------------------------------------------
 

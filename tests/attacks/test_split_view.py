@@ -8,27 +8,18 @@ is by accident, and what a liar makes on purpose.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import os
 import shutil
 from contextlib import asynccontextmanager
-from datetime import timedelta
 from pathlib import Path
-from random import Random
 
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from coordinator.ledger import Tx
 from coordinator.log_writer import LogWriter
-from node_agent.client import Connection
-from node_agent.enrol import join
-from node_agent.keys import KeyStore
-from node_agent.log import LogPaths, now_unix, open_node_log
+from node_agent.log import now_unix
 from policies.audit.gate import PlanShown, Stops, Waits, gate
-from protocols.enrolment import Invitation
 from protocols.errors import IntegrityError
-from protocols.identifiers import Digest, NodeId, RoundId, RunId
+from protocols.identifiers import Digest, RoundId, RunId
 from protocols.tlog.checkpoint import Checkpoint, sign_checkpoint
 from protocols.tlog.cosignature import cosign
 from protocols.tlog.kinds import Heartbeat
@@ -37,19 +28,11 @@ from protocols.tlog.ratchet import ForkError
 from protocols.tlog.trust_policy import QuorumError
 from protocols.tlog.witness import write_request
 from tests.support.door import Door
+from tests.support.node_log import close_log, enrolled_log
 
 NODES = ("ar-univ-1", "br-univ-1", "cl-univ-1", "mx-univ-1")
 ROUND = RoundId(RunId("r1"), 0)
 PATIENCE_S = 30.0
-
-
-def invite(door: Door, node: str) -> Invitation:
-    secret = os.urandom(32)
-    until = door.parts.clock.now() + timedelta(hours=1)
-    digest = hashlib.sha256(secret).digest()
-    door.ledger(lambda tx: tx.add_token(digest, NodeId(node), until))
-    root = door.authority.certificate.public_bytes(Encoding.DER)
-    return Invitation(institution=NodeId(node), secret=secret, root_der=root)
 
 
 def say(tx: Tx, seconds: int) -> None:
@@ -69,25 +52,7 @@ async def until(what, *, seconds=PATIENCE_S):
 @asynccontextmanager
 async def household(folder: Path, door: Door):
     """Four enrolled nodes that follow and cosign."""
-    logs, tasks = [], []
-    for node in NODES:
-        root = folder / node
-        (root / "keys").mkdir(parents=True)
-        keys = KeyStore(root / "keys")
-        invitation = await asyncio.to_thread(invite, door, node)
-        enrolled = await join(
-            keys, invitation, enrolment=door.enrolment, rng=Random(1), log=LogPaths(root)
-        )
-        log = open_node_log(
-            root,
-            node=enrolled.node,
-            federation=enrolled.federation,
-            key=keys.signing_key(),
-            connection=Connection(door.address, enrolled.identity, rng=Random(2)),
-            rng=Random(3),
-            require=True,
-        )
-        logs.append(log)
+    logs = [await enrolled_log(folder / node, door, node) for node in NODES]
     tasks = [asyncio.create_task(log.follow()) for log in logs]
     tasks += [asyncio.create_task(log.cosign()) for log in logs]
     try:
@@ -97,9 +62,7 @@ async def household(folder: Path, door: Door):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for log in logs:
-            await log.connection.close()
-            log.store.close()
-            log.witness.store.close()
+            await close_log(log)
 
 
 async def stop(door):

@@ -193,8 +193,9 @@ def test_after_a_start_nothing_is_signed_before_a_quorum_of_witnesses_was_asked(
 
 
 @pytest.mark.parametrize("ahead_s", [0, 2**40], ids=["right", "clock-was-ahead"])
-def test_witnesses_that_know_no_more_let_it_go_on(tmp_path, ahead_s):
+def test_witnesses_that_know_no_more_let_it_go_on(tmp_path, ahead_s, monkeypatch, caplog):
     """Also one whose clock was ahead when it cosigned, and is right now: it is not left out."""
+    monkeypatch.setattr("coordinator.log_writer.PATIENCE_S", 0.0)
     world = World().begin()
     bench = Bench(tmp_path, world)
     Ratchet(tmp_path / "ratchet").turn(
@@ -213,6 +214,10 @@ def test_witnesses_that_know_no_more_let_it_go_on(tmp_path, ahead_s):
         assert bench.hub.waits_for() == NODES
         said = describe_waiting(bench.hub)
         assert said == f"a new writer of the log waits for what {', '.join(NODES)} cosigned last"
+        await asyncio.sleep(0.3)  # it looks again several times, and complains once
+        complaints = [line for line in caplog.messages if line.startswith("nothing is signed")]
+        assert len(complaints) == 1
+        assert ", ".join(NODES) in complaints[0]
         for node in NODES[:3]:
             bench.hub.keys[node] = witness_signer(node).verifier
             bench.hub.greet(node, _cosigned(world, 3, node, at=1_790_000_000 + ahead_s))
