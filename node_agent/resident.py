@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from node_agent.spool import (
     FINAL_EVENTS,
@@ -401,6 +401,25 @@ def live(
             spool.alive.unlink(missing_ok=True)  # the pulse may have touched it once more
         print(f"worker: leaving: {why}", file=sys.stderr)
         duty.end()
+
+
+def end_at_once(main: Callable[[], int]) -> NoReturn:
+    """Run ``main`` and end the process with its status, without Python's own finalization.
+
+    For the ranks of torch.distributed: threads of gloo outlive the process group, and one that
+    lets go of a tensor while Python is being finalized aborts the process ("terminate called
+    without an active exception"; torch 2.13, on busy machines). torchrun would call that a failed
+    rank, though all was done.
+    """
+    try:
+        status = main()
+    except Exception:  # noqa: BLE001 - it is printed and ends the process
+        traceback.print_exc()
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads any more
+            stream.flush()
+    os._exit(status)
 
 
 # -- the command line ----------------------------------------------------------------------------

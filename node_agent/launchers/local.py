@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from typing import Final
 from node_agent.client import Backoff
 from node_agent.config import FlowerConfig, WorkerConfig
 from node_agent.launchers.jobs import Launcher
+from node_agent.launchers.last_words import last_words_in
 from node_agent.launchers.processes import (
     end_family,
     family,
@@ -41,7 +41,6 @@ from node_agent.spool import Spool, alive_age, read_worker
 from protocols.errors import MalformedMessageError, WorkerError
 
 logger = logging.getLogger(__name__)
-_LOG_TAIL: Final = 400  # bytes of the worker's log that a sentence may quote
 _CENSUS_S: Final = 5.0  # between two counts of the child's family
 _LOG_LIMIT: Final = 16 * 2**20  # bytes; then the log is put aside
 
@@ -263,23 +262,12 @@ class LocalLauncher(Launcher):
         """The child is gone: note why, whom it hurt, and when to try again."""
         self._child = self._process = None
         self._record.unlink(missing_ok=True)
-        tail = self._tail()
+        tail = last_words_in(self._log)
         self._last_reason = f"{why}{': ' + tail if tail else ''}"
         self._failures += 1
         self.note_loss()
         self._not_before = self.monotonic() + self.backoff.delay(self._failures - 1, self.rng)
         logger.warning("%s", self._last_reason)
-
-    def _tail(self) -> str:
-        """The last line of the worker's log."""
-        try:
-            with self._log.open("rb") as log:
-                size = log.seek(0, os.SEEK_END)
-                log.seek(max(0, size - _LOG_TAIL))
-                lines = log.read().decode("utf-8", "replace").split("\n")
-        except OSError:
-            return ""
-        return next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "")
 
 
 def check_started(launcher: LocalLauncher, *, within_s: float) -> float:
@@ -300,7 +288,7 @@ def check_started(launcher: LocalLauncher, *, within_s: float) -> float:
                 health = launcher._health()
                 why = verdict(health, start_within_s=within_s, hangs_after_s=within_s)
                 if why is not None:
-                    raise WorkerError(f"{why}: {launcher._tail()}")
+                    raise WorkerError(f"{why}: {last_words_in(launcher._log)}")
                 if health.ready:
                     return launcher.monotonic() - began
                 await asyncio.sleep(0.1)

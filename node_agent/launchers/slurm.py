@@ -29,6 +29,7 @@ from typing import Any, Final
 from node_agent.client import Backoff
 from node_agent.decide import Work
 from node_agent.launchers.jobs import Launcher
+from node_agent.launchers.last_words import last_words_in
 from node_agent.launchers.slurm_commands import Slurm, SlurmBusyError, SlurmError
 from node_agent.launchers.slurm_config import LauncherConfig
 from node_agent.launchers.slurm_rules import (
@@ -59,7 +60,6 @@ from protocols.plan import Plan
 
 logger = logging.getLogger(__name__)
 _BEAT_S: Final = 5.0  # between two touches of the agent's mark
-_LOG_TAIL: Final = 2000  # bytes of the job's output that a sentence may quote
 _LOGS_KEPT: Final = 10
 _TICK_S: Final = 0.5  # the longest that a tick waits for Slurm
 
@@ -383,20 +383,11 @@ class SlurmLauncher(Launcher):
         return waiting_line(allocation, self._seen, self.now())
 
     def _tail(self) -> str:
-        """The last line of what the job printed, Slurm's own remarks left out, after a colon."""
+        """What the job said last, after a colon."""
         allocation = self._remembered().allocation
         if allocation is None or allocation.job is None:
             return ""
-        try:
-            with self.marks.log_of(allocation.job).open("rb") as log:
-                size = log.seek(0, os.SEEK_END)
-                log.seek(max(0, size - _LOG_TAIL))
-                lines = log.read().decode("utf-8", "replace").split("\n")
-        except OSError:
-            return ""
-        said = [" ".join(line.split()) for line in reversed(lines) if line.strip()]
-        own = (line for line in said if not line.startswith(("srun:", "slurmstepd")))
-        last = next(own, said[0] if said else "")
+        last = last_words_in(self.marks.log_of(allocation.job))
         return f": {last}" if last else ""
 
     # -- acting ----------------------------------------------------------------------------------

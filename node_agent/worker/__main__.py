@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from node_agent.resident import Clock, Duty, Pulse, Stop, add_arguments, live, watched
+from node_agent.resident import Clock, Duty, Pulse, Stop, add_arguments, end_at_once, live, watched
 from node_agent.spool import Spool
 from protocols.errors import FederationError, exit_status
 
@@ -88,4 +88,4 @@ def _follow(options: argparse.Namespace, spool: Spool, stop: Stop) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_at_once(main)

@@ -234,7 +234,7 @@ def test_the_warning_interrupts_a_round_and_the_next_allocation_continues_it(tmp
     result = site.result(job)
     assert result.steps >= max(again)
     assert result.rank_steps == (result.steps, result.steps)
-    assert bench.mine() == {number: "COMPLETED", bench.allocation.job: "RUNNING"}
+    assert bench.mine() == {number: "COMPLETED", bench.allocation.job: "RUNNING"}, bench.log()
 
 
 def test_a_person_who_cancels_is_obeyed_and_told_how_to_go_on(tmp_path, idle):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from node_agent.spool import last_status, read_status, read_worker
+from node_agent.spool import Spool, last_status, read_status, read_worker
 from node_agent.worker import checkpoint
 from tests.support.base_model import LORA, ask, base_site
 from tests.support.training import ALONE, Worker, make_site
@@ -104,6 +104,37 @@ def test_two_ranks_do_what_one_process_does(tmp_path):
     steps = two.result(timed).rank_steps
     assert steps[0] == steps[1] >= 1  # rank 0's clock decided for both
     assert two.result(again).delta_coordinates == part.result(part_job).delta_coordinates
+
+
+FINALIZED = """
+import atexit, os, pathlib
+atexit.register(pathlib.Path(__file__).with_name(f"finalized-{os.getpid()}").touch)
+"""
+
+
+def test_ranks_end_without_the_finalization_in_which_a_thread_of_gloo_may_abort_them(tmp_path):
+    """Seen on busy machines: all was done, and torchrun's status was 1 for a rank's SIGABRT."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(FINALIZED)
+    spool = Spool(tmp_path / "spool").make()
+    with subprocess.Popen(
+        command(spool, ranks=2),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{hook}:{ROOT}"},
+    ) as torchrun:
+        first = wait_for(lambda: read_worker(spool), process=torchrun).pid
+        spool.drain.touch()
+        said = torchrun.communicate(timeout=60)[1]
+
+    assert torchrun.returncode == 0, said
+    assert "worker: leaving: drain" in said
+    ended = {int(path.name.partition("-")[2]) for path in hook.glob("finalized-*")}
+    assert torchrun.pid in ended  # the hook works: torchrun itself ends as usual
+    assert first not in ended
+    assert len(ended) == 1
 
 
 def test_two_ranks_stopped_and_killed_in_the_middle_end_with_the_same_bits(tmp_path):

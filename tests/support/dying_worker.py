@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
+from node_agent.resident import end_at_once
 from node_agent.worker.__main__ import main
 from node_agent.worker.optimizer import InnerOptimizer
 
@@ -31,4 +31,4 @@ def _die_at(self: InnerOptimizer) -> None:
 
 if __name__ == "__main__":
     InnerOptimizer.apply = _die_at  # type: ignore[method-assign]
-    sys.exit(main())
+    end_at_once(main)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from node_agent.resident import Clock, Duty, Stop, serve
+from node_agent.resident import Clock, Duty, Stop, end_at_once, serve
 from node_agent.spool import Spool
 from node_agent.worker import distributed, private_step
 from node_agent.worker.data import IGNORE
@@ -196,7 +196,7 @@ def _shard_each(self: ResidentModel) -> None:
     fully_shard(self.module)
 
 
-def main() -> None:
+def main() -> int:
     """One rank."""
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -207,7 +207,8 @@ def main() -> None:
     if ranks.first:
         (root / "figures.json").write_text(json.dumps(figures))
     distributed.leave()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    end_at_once(main)
