@@ -219,9 +219,9 @@ def _group(
                 _keep(name, rows, missed, time.monotonic() - began, load)
     except Exception:  # noqa: BLE001 - the other groups shall run; this one is named at the end
         traceback.print_exc()
+        print(f"the federation's folder, with its logs, is kept: {folder}", flush=True)
         return [name for name in cases if not (OUT / f"{name}.json").exists()]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return []
 
 
