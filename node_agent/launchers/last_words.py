@@ -36,12 +36,17 @@ def last_words(text: str) -> str:
     return "; ".join([f"rank {root['rank']} was ended by {root['signal']}", *own[-1:]])
 
 
-def last_words_in(log: Path) -> str:
-    """The same of a log's end; "" where there is none."""
+def last_words_in(log: Path, *, since: int = 0) -> str:
+    """The same of a log's end; "" where there is none.
+
+    Args:
+        log: of one worker after the other.
+        since: bytes that were there before this worker began.
+    """
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _KEPT))
+            file.seek(max(since, size - _KEPT))
             return last_words(file.read().decode("utf-8", "replace"))
     except OSError:
         return ""

@@ -134,6 +134,7 @@ class LocalLauncher(Launcher):
     _members: tuple[Process, ...] = ()  # the child's family when it was last counted
     _census_at: float = 0.0
     _started: float = 0.0
+    _said_from: int = 0  # where in the log the child's own words begin
     _failures: int = 0
     _not_before: float = 0.0
 
@@ -231,6 +232,7 @@ class LocalLauncher(Launcher):
             if self._log.stat().st_size > _LOG_LIMIT:
                 self._log.replace(self._log.with_suffix(".log.1"))
         with self._log.open("ab") as log:
+            self._said_from = log.tell()
             try:
                 child = subprocess.Popen(
                     self.command(),
@@ -262,7 +264,7 @@ class LocalLauncher(Launcher):
         """The child is gone: note why, whom it hurt, and when to try again."""
         self._child = self._process = None
         self._record.unlink(missing_ok=True)
-        tail = last_words_in(self._log)
+        tail = last_words_in(self._log, since=self._said_from)
         self._last_reason = f"{why}{': ' + tail if tail else ''}"
         self._failures += 1
         self.note_loss()
@@ -288,7 +290,8 @@ def check_started(launcher: LocalLauncher, *, within_s: float) -> float:
                 health = launcher._health()
                 why = verdict(health, start_within_s=within_s, hangs_after_s=within_s)
                 if why is not None:
-                    raise WorkerError(f"{why}: {last_words_in(launcher._log)}")
+                    last = last_words_in(launcher._log, since=launcher._said_from)
+                    raise WorkerError(f"{why}: {last}" if last else why)
                 if health.ready:
                     return launcher.monotonic() - began
                 await asyncio.sleep(0.1)

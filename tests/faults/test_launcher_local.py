@@ -186,6 +186,20 @@ def test_a_stillborn_worker_is_given_up_with_its_last_words(tmp_path):
     assert "status 9: ImportError: libcuda.so.1" in work.refusal.reason
 
 
+def test_a_silent_worker_is_not_given_the_last_words_of_the_one_before(tmp_path):
+    bench = Bench(tmp_path, "die", "mute")
+
+    def given_up(_work: Work) -> bool:
+        if len(bench.starts()) > 1:  # the first one had all the time that it needed
+            bench.launcher.start_within_s = 1.0
+        return "was not ready" in bench.launcher._last_reason
+
+    bench.until(given_up)
+
+    assert bench.launcher._last_reason == "the worker was not ready after 1 s"
+    assert "Segmentation fault in a kernel" in bench.launcher._log.read_text()
+
+
 @pytest.mark.parametrize(
     ("how", "limits", "says"),
     [

@@ -93,3 +93,13 @@ def test_only_the_end_of_a_log_is_read(tmp_path):
     assert last_words_in(log) == ""
     log.write_bytes(b"\xff" * 1_000_000 + f"\n{SAID}\n{SLURM}".encode())
     assert last_words_in(log) == SAID
+
+
+def test_what_an_earlier_worker_said_is_not_quoted_for_this_one(tmp_path):
+    log = tmp_path / "worker.log"
+    log.write_text("worker: leaving: drain\n")
+    began = log.stat().st_size
+    assert last_words_in(log, since=began) == ""  # it was killed before it said anything
+    with log.open("a") as more:
+        more.write(f"{SAID}\n")
+    assert last_words_in(log, since=began) == SAID
