@@ -42,6 +42,7 @@ hosts=($(scontrol show hostnames "$SLURM_JOB_NODELIST")); head=${hosts[0]}
 attempt=0
 while :; do
   attempt=$((attempt + 1))
+  echo "minga: start ${SLURM_RESTART_COUNT:-0}.$attempt of the worker"
   srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task=64 /shared/minga/.venv/bin/python -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$attempt" --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" -m node_agent.worker --spool /shared/minga/usach/spool &
   pid=$!; rc=0; wait "$pid" || rc=$?
   while [ "$rc" -gt 128 ] && kill -0 "$pid" 2>/dev/null; do rc=0; wait "$pid" || rc=$?; done

@@ -29,7 +29,7 @@ from typing import Any, Final
 from node_agent.client import Backoff
 from node_agent.decide import Work
 from node_agent.launchers.jobs import Launcher
-from node_agent.launchers.last_words import last_words_in
+from node_agent.launchers.last_words import last_words_in, start_line
 from node_agent.launchers.slurm_commands import Slurm, SlurmBusyError, SlurmError
 from node_agent.launchers.slurm_config import LauncherConfig
 from node_agent.launchers.slurm_rules import (
@@ -333,9 +333,9 @@ class SlurmLauncher(Launcher):
         if life != self._life:
             self._life, self._life_at = life, self.monotonic()
         bad = [end for end in ends if end.status != 0 and end.why == "none"]
-        for _ in bad[self._counted :]:
+        for end in bad[self._counted :]:
             self._counted += 1
-            self._last_reason = f"the worker ended with status {bad[-1].status}{self._tail()}"
+            self._last_reason = f"the worker ended with status {end.status}{self._tail(end)}"
             logger.warning("Slurm job %d: %s", allocation.job, self._last_reason)
             self.note_loss()
         if self._ready() and not allocation.served:
@@ -382,12 +382,13 @@ class SlurmLauncher(Launcher):
             return self._why
         return waiting_line(allocation, self._seen, self.now())
 
-    def _tail(self) -> str:
-        """What the job said last, after a colon."""
+    def _tail(self, end: WorkerEnd | None) -> str:
+        """What a worker said last, after a colon; None: the job has none that ended."""
         allocation = self._remembered().allocation
         if allocation is None or allocation.job is None:
             return ""
-        last = last_words_in(self.marks.log_of(allocation.job))
+        start = start_line(end.restarts, end.attempt) if end is not None else ""
+        last = last_words_in(self.marks.log_of(allocation.job), start=start)
         return f": {last}" if last else ""
 
     # -- acting ----------------------------------------------------------------------------------
@@ -445,7 +446,7 @@ class SlurmLauncher(Launcher):
         """The allocation is over: note how, and what follows."""
         ends, state = self._ends(), self._seen.state if self._seen else self._final
         ended = how_it_ended(allocation, state, ends)
-        tail = self._tail() if ended.kind == "failed" else ""
+        tail = self._tail(ends[-1] if ends else None) if ended.kind == "failed" else ""
         if ended.kind == "person":
             atomic_write(self.marks.held, ended.sentence.encode())
         self._save(replace(self._remembered(), allocation=None))

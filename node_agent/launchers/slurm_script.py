@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from node_agent.launchers.last_words import start_line
 from node_agent.launchers.slurm_config import LauncherConfig
 from protocols.errors import ConfigurationError
 
@@ -211,6 +212,7 @@ hosts=($(scontrol show hostnames "$SLURM_JOB_NODELIST")); head=${{hosts[0]}}
 attempt=0
 while :; do
   attempt=$((attempt + 1))
+  echo "{start_line("${SLURM_RESTART_COUNT:-0}", "$attempt")}"
   {srun} &
   pid=$!; rc=0; wait "$pid" || rc=$?
   while [ "$rc" -gt 128 ] && kill -0 "$pid" 2>/dev/null; do rc=0; wait "$pid" || rc=$?; done

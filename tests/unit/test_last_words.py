@@ -2,7 +2,7 @@
 
 import pytest
 
-from node_agent.launchers.last_words import last_words, last_words_in
+from node_agent.launchers.last_words import last_words, last_words_in, start_line
 
 START = """
 *****************************************
@@ -81,6 +81,8 @@ SLURM = "srun: error: arica1: task 0: Exited with exit code 1\nslurmstepd: error
         (f"{SAID}\n{SLURM}", SAID),
         (SLURM, "slurmstepd: error: *** STEP"),  # there is nothing else
         (TRACEBACK + KILLED + f"{SAID}\n" + TRACEBACK + STATUS_3 + SLURM, SAID),  # the last one
+        (TRACEBACK + KILLED[:-61] + "\n", "rank 0 was ended by SIGKILL"),  # torn before its end
+        ("=" * 60 + f"\n{SAID}\n" + "=" * 60, SAID),  # bars of its own
         ("x" * 1000, "x" * 400),
     ],
 )
@@ -103,3 +105,29 @@ def test_what_an_earlier_worker_said_is_not_quoted_for_this_one(tmp_path):
     with log.open("a") as more:
         more.write(f"{SAID}\n")
     assert last_words_in(log, since=began) == SAID
+
+
+def test_each_worker_of_a_job_has_its_own_words(tmp_path):
+    """As the batch script writes them; the third was killed, and only Slurm says something."""
+    log = tmp_path / "job-7.log"
+    first, second, third = (start_line(0, number) for number in (1, 2, 3))
+    srun = "srun: error: arica1: task 0: Killed"
+    log.write_text(f"module load cuda\n{first}\n{SAID}\n{second}\n{LOST}\n{third}\n{srun}\n")
+
+    assert [last_words_in(log, start=each) for each in (first, second, third)] == [SAID, LOST, srun]
+    assert last_words_in(log, start=start_line(1, 1)) == "module load cuda"  # its own never came
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ChildFailedError:\n====\n" * 7000, ""),
+        ("ChildFailedError:\n====\n" + "Root Cause\n rank : 1\n" * 7000, ""),
+        ("Traceback (most recent call last):\n" + " a\n" * 50_000, "a"),
+        ("\n" * 160_000, ""),
+        ("_" * 160_000 + "a", "_" * 400),
+    ],
+)
+def test_no_log_takes_long_to_read(text, expected):
+    """The agent waits for it: a first version needed 9 s for a tenth of one of these."""
+    assert last_words(text) == expected
